@@ -1,0 +1,1 @@
+"""Generated protobuf code of lloom.proto; `make proto` writes it, nobody edits it."""
