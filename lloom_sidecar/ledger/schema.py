@@ -1,0 +1,51 @@
+"""The ledger's tables, as the steps that lead to them. A step that was released is never changed: add another."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
+    # 1: 0.1.0
+    (
+        """
+        CREATE TABLE settings (
+            name TEXT PRIMARY KEY,
+            value INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+        """
+        CREATE TABLE known_peers (
+            peer BLOB PRIMARY KEY,
+            addrs TEXT NOT NULL, -- one multiaddr a line
+            roles TEXT NOT NULL, -- separated by spaces
+            last_seen_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+        "CREATE INDEX known_peers_by_age ON known_peers (last_seen_ms)",
+        """
+        CREATE TABLE receipts (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            role TEXT NOT NULL CHECK (role IN ('client', 'executor')),
+            peer BLOB NOT NULL,
+            request_id BLOB NOT NULL,
+            exchange INTEGER NOT NULL,
+            request_digest BLOB NOT NULL,
+            request BLOB NOT NULL,
+            receipt BLOB,
+            ack BLOB,
+            is_owed INTEGER NOT NULL CHECK (is_owed IN (0, 1)),
+            reason TEXT NOT NULL,
+            salt BLOB NOT NULL,
+            idempotency_key BLOB,
+            created_at_ms INTEGER NOT NULL,
+            UNIQUE (role, request_digest)
+        ) STRICT
+        """,
+        "CREATE INDEX receipts_by_request ON receipts (request_id)",
+        """
+        CREATE UNIQUE INDEX receipts_owed_once ON receipts (idempotency_key)
+        WHERE role = 'client' AND is_owed = 1 AND idempotency_key IS NOT NULL
+        """,
+    ),
+)
+"""SQL statements of each schema version, the first leads from an empty file to version 1."""
