@@ -1,0 +1,290 @@
+"""The OpenAI API that an application talks to: HTTP in, one routed call, the answer streamed back.
+
+A streamed answer looks finished only when its receipt was verified; one that is cut ends with an error event and a
+connection closed without HTTP's last chunk. An application that leaves cancels its call: the server cancels the handler,
+the stream to the executor closes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+import trio
+
+from lloom_sidecar.errors import (
+    DaemonUnavailableError,
+    LloomError,
+    NoExecutorError,
+    PeerTimeoutError,
+    RequestError,
+    UnknownModelError,
+)
+from lloom_sidecar.http.server import Request, Response
+from lloom_sidecar.ids import PeerId, check_model_id
+from lloom_sidecar.link.exchange import Call, Exchange
+from lloom_sidecar.peers.peerbook import PeerBook
+from lloom_sidecar.peers.selection import Policy, Wanted
+
+from .openai import (
+    OPERATION_OF_PATH,
+    STREAMED_OPERATIONS,
+    TailHolder,
+    error_document,
+    error_event,
+    model_object,
+    read_body,
+)
+from .router import Route, Router
+
+DEFAULT_DEADLINE_S: Final = 600.0
+"""Longest time for one answer. OpenAI's own clients give up after as long."""
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""Largest unstreamed answer that is held until its receipt was verified."""
+_JSON: Final = (b"content-type", b"application/json")
+_EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+_NO_CACHE: Final = (b"cache-control", b"no-cache")
+
+log = structlog.get_logger("lloom.api")
+
+
+class ApiObserver(Protocol):
+    """What the node wants to know of the API; every method is quick and raises nothing."""
+
+    def http_started(self) -> None: ...
+
+    def http_received(self, request_id: str, model: str) -> None: ...
+
+    def http_ended(
+        self,
+        request_id: str,
+        model: str,
+        peer: PeerId | None,
+        code: str,
+        seconds: float,
+        first_s: float | None,
+        attempts: int,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """How this node's API answers."""
+
+    api_keys: tuple[str, ...] = ()
+    """When not empty, ``Authorization: Bearer`` must be one of them."""
+    deadline_s: float = DEFAULT_DEADLINE_S
+    policy: Policy = Policy.ADAPTIVE
+
+
+class OpenAiApi:
+    """The handler of the API's HTTP server."""
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        book: PeerBook,
+        settings: ApiSettings,
+        observer: ApiObserver,
+        started_at_s: int,
+    ) -> None:
+        self._router = router
+        self._book = book
+        self._settings = settings
+        self._observer = observer
+        self._started_at_s = started_at_s
+
+    async def __call__(self, request: Request, response: Response) -> None:
+        """Serve one HTTP request. Never raises but on cancellation, which means that the application left."""
+        path = request.path
+        operation = OPERATION_OF_PATH.get(path)
+        try:
+            self._authorize(request)
+            if operation is not None:
+                if request.method != "POST":
+                    await self._method_not_allowed(response, "POST")
+                    return
+                await self._call(request, response, operation)
+            elif path == "/v1/models" or path.startswith("/v1/models/"):
+                if request.method not in ("GET", "HEAD"):
+                    await self._method_not_allowed(response, "GET, HEAD")
+                    return
+                await self._models(path, response)
+            else:
+                raise RequestError(
+                    f"Unknown path {path}; this node serves /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models",
+                    code="not_found",
+                    http_status=404,
+                )
+        except LloomError as exc:
+            await _send_error(response, exc)
+
+    def _authorize(self, request: Request) -> None:
+        keys = self._settings.api_keys
+        if not keys:
+            return
+        given = (request.header("authorization") or "").encode()
+        if not any([hmac.compare_digest(given, f"Bearer {key}".encode()) for key in keys]):
+            raise RequestError(
+                "this API needs its key: send `Authorization: Bearer <key>`", code="invalid_api_key", http_status=401
+            )
+
+    # ------------------------------------------------------------------ models
+    async def _models(self, path: str, response: Response) -> None:
+        wanted = path[len("/v1/models/") :] if path.startswith("/v1/models/") else ""
+        now = trio.current_time()
+        objects = [
+            model_object(
+                model.id,
+                created=self._started_at_s,
+                executors=model.executors,
+                context_length=max((offer.context_length for offer in model.offers), default=0),
+                features={feature for offer in model.offers for feature in offer.features},
+            )
+            for model in self._book.models(now=now)
+        ]
+        if not wanted:
+            await response.send(200, [_JSON], msgspec.json.encode({"object": "list", "data": objects}))
+            return
+        for item in objects:
+            if item["id"] == wanted:
+                await response.send(200, [_JSON], msgspec.json.encode(item))
+                return
+        raise UnknownModelError(
+            f"The model `{wanted}` does not exist in this network; GET /v1/models lists those that do"
+        )
+
+    # ------------------------------------------------------------------ calls
+    async def _call(self, request: Request, response: Response, operation: int) -> None:
+        route = Route(trio.current_time())
+        request_id = os.urandom(16)
+        code = "cancelled"
+        self._observer.http_started()
+        try:
+            await self._serve(request, response, operation, route, request_id)
+            code = "ok"
+        except LloomError as exc:
+            code = exc.code
+            if response.started:
+                # Too late for a status: say it where a client of the stream looks, then end without HTTP's last chunk.
+                await response.write(error_event(exc, route.attempts))
+                response.abort()
+            else:
+                await _send_error(response, exc, route)
+        finally:
+            first_s = None if route.first_at is None else route.first_at - route.started_at
+            seconds = trio.current_time() - route.started_at
+            self._observer.http_ended(
+                request_id.hex(),
+                route.model,
+                route.executor,
+                code,
+                seconds,
+                first_s,
+                len(route.attempts) + (code == "ok"),
+            )
+
+    async def _serve(
+        self, request: Request, response: Response, operation: int, route: Route, request_id: bytes
+    ) -> None:
+        body = await request.body()
+        try:
+            asked = read_body(body)
+            check_model_id(asked.model)
+        except ValueError as exc:
+            raise RequestError(str(exc)) from exc
+        route.model = asked.model
+        self._observer.http_received(request_id.hex(), asked.model)
+        settings = self._settings
+        call = Call(
+            request_id=request_id,
+            operation=operation,
+            model=asked.model,
+            body=body,
+            deadline_ms=round(settings.deadline_s * 1000),
+            idempotency_key=(request.header("idempotency-key") or "").encode()[:128],
+            traceparent=(request.header("traceparent") or "")[:64],
+        )
+        wanted = Wanted(model=asked.model, pinned=self._pinned(request))
+        streams = asked.stream and operation in STREAMED_OPERATIONS
+
+        async def use(route: Route, exchange: Exchange) -> None:
+            if streams:
+                await self._relay(response, route, exchange, call, asked.n)
+            else:
+                await self._collect(response, route, exchange, call)
+
+        with trio.move_on_after(settings.deadline_s) as deadline:
+            await self._router.run(call, wanted, settings.policy, use, route)
+        if deadline.cancelled_caught:
+            raise PeerTimeoutError(f"no complete answer within {settings.deadline_s:.0f} s", code="deadline")
+
+    def _pinned(self, request: Request) -> frozenset[PeerId]:
+        text = request.header("x-lloom-pin-executor")
+        if not text:
+            return frozenset()
+        try:
+            return frozenset(PeerId.parse(part.strip()) for part in text.split(",")[:16])
+        except ValueError as exc:
+            raise RequestError(f"x-lloom-pin-executor: {exc}") from exc
+
+    async def _relay(self, response: Response, route: Route, exchange: Exchange, call: Call, n: int) -> None:
+        tail = TailHolder(n)
+        while (data := await exchange.receive()) is not None:
+            ready = tail.feed(data)
+            if ready:
+                if not route.is_committed:
+                    route.is_committed = True
+                    await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
+                await response.write(ready)
+        if not route.is_committed:
+            route.is_committed = True
+            await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
+        await response.finish(tail.release())
+
+    async def _collect(self, response: Response, route: Route, exchange: Exchange, call: Call) -> None:
+        pieces: list[bytes] = []
+        size = 0
+        while (data := await exchange.receive()) is not None:
+            pieces.append(data)
+            size += len(data)
+            if size > MAX_ANSWER_BYTES:
+                raise RequestError(
+                    "the answer is larger than 64 MiB: ask for it as a stream", code="answer_too_large", http_status=502
+                )
+        route.is_committed = True
+        await response.send(200, [_JSON, *_explain(route, exchange, call)], b"".join(pieces))
+
+    async def _method_not_allowed(self, response: Response, allowed: str) -> None:
+        error = RequestError(f"this path takes {allowed}", code="method_not_allowed", http_status=405)
+        await response.send(405, [_JSON, (b"allow", allowed.encode())], error_document(error))
+
+
+def _explain(route: Route, exchange: Exchange, call: Call) -> list[tuple[bytes, bytes]]:
+    """Who answered, after how many attempts, and what the network added to the backend's own time."""
+    first_at = route.first_at or trio.current_time()
+    backend_s = exchange.head.backend_us / 1e6 if exchange.head is not None else 0.0
+    overhead_ms = max(0.0, (first_at - route.started_at - backend_s) * 1000)
+    return [
+        (b"x-request-id", call.request_id.hex().encode()),
+        (b"x-lloom-executor", str(exchange.peer).encode()),
+        (b"x-lloom-attempts", str(len(route.attempts) + 1).encode()),
+        (b"x-lloom-overhead-ms", f"{overhead_ms:.2f}".encode()),
+    ]
+
+
+async def _send_error(response: Response, error: LloomError, route: Route | None = None) -> None:
+    attempts = route.attempts if route is not None else []
+    headers = [_JSON, (b"x-lloom-attempts", str(len(attempts)).encode())]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    if isinstance(error, DaemonUnavailableError | NoExecutorError) and error.retry_after_s is None:
+        headers.append((b"retry-after", b"2"))
+    if attempts:
+        headers.append((b"x-should-retry", b"false"))  # every executor was tried: the client's own retries add nothing
+    await response.send(error.http_status, headers, error_document(error, attempts))

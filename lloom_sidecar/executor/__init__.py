@@ -1,0 +1,1 @@
+"""Serving requests of other nodes from a backend beside this node."""

@@ -1,0 +1,257 @@
+"""One request to one peer: sends it, gives the answer's bytes as they come, and ends only with a receipt that holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from lloom_sidecar.errors import PeerUnreachableError, RefusedError, RemoteProtocolError, StreamLostError
+from lloom_sidecar.ids import PeerId
+from lloom_sidecar.protocol.claims import check_receipt, salted_digest, seal_ack, seal_request
+from lloom_sidecar.protocol.envelope import Signer
+from lloom_sidecar.protocol.exchange import (
+    SALT_BYTES,
+    CheckpointReceived,
+    DataReceived,
+    EndReceived,
+    ErrorReceived,
+    Event,
+    HeadReceived,
+    PingReceived,
+    PongReceived,
+    State,
+)
+from lloom_sidecar.protocol.offers import Price
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+
+from .stream_pool import Link, StreamPool
+
+RETRY_FRESH_CODES: Final = frozenset({"expired", "hello_required", "replayed"})
+"""Refusals of a REUSED stream that a fresh one may cure: the clock offset or the membership was stale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is asked of whichever executor gets it: everything in a REQUEST but the addressee and the stream."""
+
+    request_id: bytes
+    """16 bytes, the same over all attempts."""
+    operation: int
+    model: str
+    body: bytes = field(repr=False)
+    deadline_ms: int
+    """How long the answer may take as a whole, from now."""
+    max_price: Price = Price()
+    max_cost: int | None = None
+    priority: int = 0
+    idempotency_key: bytes = b""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A verified answer's proof: what both sides signed."""
+
+    claims: pb.ReceiptClaims
+    exchange: int
+    """Number of the exchange on its stream."""
+    envelope: bytes = field(repr=False)
+    request: bytes = field(repr=False)
+    salt: bytes = field(repr=False)
+    ack: bytes = field(repr=False)
+
+
+class Exchange:
+    """An exchange that the far side has begun to answer. Made by ``open_exchange``."""
+
+    def __init__(
+        self, link: Link, signer: Signer, call: Call, claims: pb.RequestClaims, envelope: bytes, salt: bytes
+    ) -> None:
+        self.peer = link.peer
+        self.link = link
+        self.head: HeadReceived | None = None
+        self.receipt: Receipt | None = None
+        """Set once END was verified; the answer is complete then and only then."""
+        self._signer = signer
+        self._call = call
+        self._claims = claims
+        self._envelope = envelope
+        self._salt = salt
+        self._digest = hashlib.sha256(salt)
+        self._answer_bytes = 0
+        self._events: list[Event] = []
+
+    async def receive(self) -> bytes | None:
+        """The next bytes of the answer (one or more whole DATA frames), or None after END was verified.
+
+        Raises:
+            StreamLostError: the stream ended before END or ERROR: the answer is cut.
+            RefusedError: ERROR came, before the answer or in its middle.
+            ReceiptError: END came with a receipt that does not hold.
+            RemoteProtocolError, PeerTimeoutError: the peer broke the rules, or went silent.
+        """
+        while self.receipt is None:
+            pieces: list[bytes] = []
+            while self._events:
+                event = self._events.pop(0)
+                if isinstance(event, DataReceived):
+                    pieces.append(event.data)
+                elif isinstance(event, EndReceived) and pieces:
+                    self._events.insert(0, event)
+                    break
+                else:
+                    await self._handle(event)
+            if pieces:
+                data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                self._digest.update(data)
+                self._answer_bytes += len(data)
+                return data
+            if self.receipt is None:
+                self._events = await self._read()
+        return None
+
+    async def wait_first(self) -> None:
+        """Wait until any frame of the answer has come. Raises as ``receive`` does."""
+        while self.head is None and self.receipt is None:
+            if not self._events:
+                self._events = await self._read()
+            if isinstance(self._events[0], DataReceived | EndReceived):
+                return
+            await self._handle(self._events.pop(0))
+
+    async def _read(self) -> list[Event]:
+        machine = self.link.machine
+        while True:
+            data = await self.link.receive()
+            if not data:
+                before = machine.receive_eof()
+                if before is State.PENDING:
+                    raise PeerUnreachableError(f"{self.peer.short()} closed the stream without an answer")
+                raise StreamLostError(f"{self.peer.short()} was lost in the middle of its answer")
+            try:
+                events = machine.receive(data)
+            except RemoteProtocolError as exc:
+                raise RemoteProtocolError(f"{self.peer.short()} broke the protocol: {exc}", code=exc.code) from exc
+            if events:
+                return events
+
+    async def _handle(self, event: Event) -> None:
+        match event:
+            case HeadReceived():
+                self.head = event
+            case ErrorReceived(error=error):
+                raise error
+            case EndReceived(receipt=envelope):
+                claims = check_receipt(
+                    envelope,
+                    client=self._signer.peer,
+                    executor=self.peer,
+                    request_digest=hashlib.sha256(self._envelope).digest(),
+                    request=self._claims,
+                    answer_digest=self._digest.digest(),
+                    answer_bytes=self._answer_bytes,
+                )
+                ack = seal_ack(envelope, self._signer)
+                self.receipt = Receipt(claims, self.link.machine.exchange, envelope, self._envelope, self._salt, ack)
+            case PingReceived(payload=payload):
+                await self.link.send(self.link.machine.pong(payload))
+            case PongReceived():
+                self.link.note_pong()
+            case CheckpointReceived():
+                pass  # only priced exchanges carry them, and those are not served yet
+            case _:
+                pass  # GOAWAY: the machine remembers it
+
+
+@asynccontextmanager
+async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> AsyncGenerator[Exchange]:
+    """Send ``call`` to ``peer`` and wait for the first frame of its answer.
+
+    A REUSED stream that ends before any frame, or refuses because it is stale, is replaced once by a fresh one; the request is
+    signed anew under the same idempotency key. Leaving the context before the receipt is there closes the stream at once,
+    which is how a cancellation reaches the executor.
+
+    Raises: as ``StreamPool.acquire`` and ``Exchange.receive``.
+    """
+    exchange = await _begin(pool, signer, peer, call)
+    link = exchange.link
+    try:
+        yield exchange
+    except BaseException:
+        pool.discard(link)
+        raise
+    if exchange.receipt is None:
+        pool.discard(link)
+        return
+    ack = link.machine.ack(link.machine.exchange, exchange.receipt.ack)
+    if link.stream.send_nowait(ack):
+        pool.release(link)
+    else:
+        pool.discard(link)  # its buffer is full: cheaper to open another stream than to wait here
+
+
+async def _begin(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> Exchange:
+    link = await pool.acquire(peer)
+    was_reused = link.exchanges > 0
+    try:
+        return await _send(pool, link, signer, call)
+    except RefusedError as exc:
+        if not was_reused or exc.code not in RETRY_FRESH_CODES:
+            raise
+    except PeerUnreachableError:
+        if not was_reused:
+            raise
+    link = await pool.acquire(peer, fresh=True)
+    return await _send(pool, link, signer, call)
+
+
+async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exchange:
+    machine = link.machine
+    salt = os.urandom(SALT_BYTES)
+    claims = pb.RequestClaims(
+        request_id=call.request_id,
+        executor=link.peer.raw,
+        issued_at_ms=pool.now_ms() + link.clock_offset_ms,
+        challenge=link.accepted.challenge,
+        exchange=machine.exchange + 1,
+        deadline_ms=call.deadline_ms,
+        operation=call.operation,  # type: ignore[arg-type]
+        model=call.model,
+        body_digest=salted_digest(salt, call.body),
+        max_price=pb.Price(
+            prompt_per_million=call.max_price.prompt_per_million,
+            completion_per_million=call.max_price.completion_per_million,
+            currency=call.max_price.currency,
+        ),
+        max_cost=call.max_cost or 0,
+        max_cost_set=call.max_cost is not None,
+        priority=call.priority,
+        idempotency_key=call.idempotency_key,
+        traceparent=call.traceparent,
+    )
+    envelope = seal_request(claims, signer)
+    try:
+        link.exchanges += 1
+        link.last_received_at = trio.current_time()
+        link.ping_misses = 0
+        for data in machine.request(envelope, salt, call.body):
+            await link.send(data)
+        exchange = Exchange(link, signer, call, claims, envelope, salt)
+        await exchange.wait_first()
+    except RefusedError:
+        # The machine is idle again unless the refusal came before the whole body was sent.
+        if machine.state is State.IDLE:
+            pool.release(link)
+        else:
+            pool.discard(link)
+        raise
+    except BaseException:
+        pool.discard(link)
+        raise
+    return exchange

@@ -1,0 +1,1 @@
+"""The control plane: one trio service a file."""

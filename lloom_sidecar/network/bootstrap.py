@@ -1,0 +1,163 @@
+"""Staying connected to validators: dialled with backoff and jitter, greeted, their catalogue read; and dialled again when
+they are lost. Any one of them is enough."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import structlog
+import trio
+
+from lloom_sidecar.errors import DaemonError, LloomError
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.p2p.daemon import Daemon
+
+from .connections import Connections
+from .hello import Catalogue, HelloService
+from .intake import Intake
+
+FIRST_BACKOFF_S: Final = 0.25
+MAX_BACKOFF_S: Final = 30.0
+DIAL_TIMEOUT_S: Final = 10.0
+CHECK_S: Final = 1.0
+REFRESH_CATALOGUE_S: Final = 60.0
+"""Gossip is best effort: a look into the catalogue now and then repairs what it lost."""
+VALIDATOR_TAG: Final = "lloom-validator"
+VALIDATOR_WEIGHT: Final = 1000
+
+log = structlog.get_logger("lloom.bootstrap")
+
+
+class BootstrapObserver(Protocol):
+    """What the node wants to know of its validators."""
+
+    def validator_joined(self, peer: PeerId, entries: int) -> None: ...
+
+    def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None: ...
+
+    def bootstrap_complete(self, validators: int, seconds: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Validator:
+    """One configured validator and how it stands."""
+
+    peer: PeerId
+    addrs: tuple[Multiaddr, ...]
+    is_joined: bool = False
+    """Connected, greeted, catalogue read."""
+    failures: int = 0
+    last_error: str = ""
+    cursor: int = 0
+    refreshed_at: float = field(default=float("-inf"))
+
+
+def group_by_peer(addrs: Sequence[Multiaddr]) -> list[Validator]:
+    """Bootstrap addresses by the node that they lead to, in order."""
+    grouped: dict[PeerId, list[Multiaddr]] = {}
+    for addr in addrs:
+        peer = addr.peer_id
+        if peer is not None:
+            grouped.setdefault(peer, []).append(addr)
+    return [Validator(peer, tuple(found)) for peer, found in grouped.items()]
+
+
+class Bootstrap:
+    """Keeps the node connected to its validators."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        validators: Sequence[Validator],
+        get_daemon: Callable[[], Daemon],
+        connections: Connections,
+        hello: HelloService,
+        intake: Intake,
+        observer: BootstrapObserver,
+        after_join: Callable[[PeerId], Awaitable[None]],
+        rng: random.Random,
+    ) -> None:
+        self.validators = [v for v in validators if v.peer != me]
+        self._get_daemon = get_daemon
+        self._connections = connections
+        self._hello = hello
+        self._intake = intake
+        self._observer = observer
+        self._after_join = after_join
+        self._rng = rng
+        self._started_at = trio.current_time()
+        self.is_complete = not self.validators
+        """True once the first validator's catalogue was read, or there is none to ask."""
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep every validator connected until cancelled."""
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            for validator in self.validators:
+                nursery.start_soon(self._keep, validator)
+
+    async def _keep(self, validator: Validator) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                if not validator.is_joined or validator.peer not in self._connections:
+                    validator.is_joined = False
+                    await self._join(validator)
+                    backoff_s = FIRST_BACKOFF_S
+                elif trio.current_time() - validator.refreshed_at > REFRESH_CATALOGUE_S:
+                    await self._read(validator)
+            except LloomError as exc:
+                validator.failures += 1
+                validator.last_error = f"{exc}"
+                self._observer.validator_failed(validator.peer, exc, validator.failures)
+                await trio.sleep(backoff_s * (0.5 + self._rng.random()))
+                backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+                continue
+            await trio.sleep(CHECK_S)
+
+    async def _join(self, validator: Validator) -> None:
+        daemon = self._get_daemon()
+        await daemon.connect(
+            validator.peer, [addr.without_peer() for addr in validator.addrs], timeout_s=DIAL_TIMEOUT_S
+        )
+        try:
+            await daemon.tag_peer(validator.peer, VALIDATOR_TAG, VALIDATOR_WEIGHT)
+        except DaemonError as exc:
+            log.info("tag_failed", peer=str(validator.peer), code=exc.code)
+        entries = await self._read(validator)
+        validator.is_joined = True
+        validator.failures = 0
+        validator.last_error = ""
+        self._observer.validator_joined(validator.peer, entries)
+        if not self.is_complete:
+            self.is_complete = True
+            joined = sum(v.is_joined for v in self.validators)
+            self._observer.bootstrap_complete(joined, trio.current_time() - self._started_at)
+        await self._after_join(validator.peer)
+
+    async def _read(self, validator: Validator) -> int:
+        total = 0
+        while True:
+            catalogue = await self._hello.read_catalogue(validator.peer, since=validator.cursor)
+            take_catalogue(self._intake, catalogue, validator.peer)
+            total += len(catalogue.entries)
+            validator.cursor = catalogue.cursor
+            validator.refreshed_at = trio.current_time()
+            if not catalogue.truncated or not catalogue.entries:
+                return total
+
+
+def take_catalogue(intake: Intake, catalogue: Catalogue, source: PeerId) -> None:
+    """Apply every entry: each carries its executor's own signature, so a catalogue can add and never invent or remove."""
+    for entry in catalogue.entries:
+        age_s = entry.age_ms / 1000
+        # The age is that of the newer of the two; the full announcement itself may be older than clocks are compared.
+        intake.take(
+            entry.announcement, found_by="catalogue", source=source, age_s=age_s, checks_clock=not entry.heartbeat
+        )
+        if entry.heartbeat:
+            intake.take(entry.heartbeat, found_by="catalogue", source=source, age_s=age_s)

@@ -1,0 +1,125 @@
+"""Which peers are connected, by a look each second, and getting one connected when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol
+
+import structlog
+import trio
+
+from lloom_sidecar.errors import DaemonError, PeerUnreachableError
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.p2p.daemon import Connection, Daemon
+
+POLL_S: Final = 1.0
+DIAL_TIMEOUT_S: Final = 10.0
+LOOKUP_TIMEOUT_S: Final = 5.0
+"""For the addresses of a peer that told none which may be dialled."""
+
+log = structlog.get_logger("lloom.connections")
+
+
+class ConnectionObserver(Protocol):
+    """What the node wants to know of connections."""
+
+    def connected(self, peer: PeerId, addr: Multiaddr) -> None: ...
+
+    def disconnected(self, peer: PeerId) -> None: ...
+
+    def polled(self, peers: int) -> None: ...
+
+
+class Connections:
+    """The peers that p2pd is connected to, as of the last look."""
+
+    def __init__(
+        self,
+        *,
+        get_daemon: Callable[[], Daemon],
+        addrs_of: Callable[[PeerId], tuple[Multiaddr, ...]],
+        observer: ConnectionObserver,
+    ) -> None:
+        """``addrs_of``: addresses of a peer that may be dialled."""
+        self._get_daemon = get_daemon
+        self._addrs_of = addrs_of
+        self._observer = observer
+        self._connected: dict[PeerId, Multiaddr] = {}
+        self._dialling: dict[PeerId, trio.Event] = {}
+
+    def __contains__(self, peer: PeerId) -> bool:
+        return peer in self._connected
+
+    def __len__(self) -> int:
+        return len(self._connected)
+
+    def __iter__(self) -> Iterator[PeerId]:
+        return iter(self._connected)
+
+    def addr_of(self, peer: PeerId) -> Multiaddr | None:
+        """Remote address of the connection to ``peer``, a direct one if there are several."""
+        return self._connected.get(peer)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look each second until cancelled."""
+        task_status.started()
+        while True:
+            try:
+                await self.look()
+            except DaemonError:
+                pass  # the supervisor reports that p2pd is away, and calls lost_all
+            await trio.sleep(POLL_S)
+
+    async def look(self) -> None:
+        """Ask p2pd now. Raises DaemonError."""
+        self._update(await self._get_daemon().list_peers())
+
+    def lost_all(self) -> None:
+        """p2pd is gone, and every connection with it."""
+        self._update([])
+
+    def _update(self, rows: Sequence[Connection]) -> None:
+        found: dict[PeerId, Multiaddr] = {}
+        for row in rows:
+            peer, addr = row.peer, row.addr
+            if peer not in found or (found[peer].is_relayed and not addr.is_relayed):
+                found[peer] = addr
+        before, self._connected = self._connected, found
+        for peer in found.keys() - before.keys():
+            self._observer.connected(peer, found[peer])
+        for peer in before.keys() - found.keys():
+            self._observer.disconnected(peer)
+        self._observer.polled(len(found))
+
+    async def ensure(self, peer: PeerId, *, timeout_s: float = DIAL_TIMEOUT_S) -> None:
+        """Return when ``peer`` is connected; dials it if it is not, one dial at a time.
+
+        Raises:
+            PeerUnreachableError: nobody answers at any address that is known of it.
+            DaemonUnavailableError: p2pd does not answer.
+        """
+        while peer not in self._connected:
+            under_way = self._dialling.get(peer)
+            if under_way is None:
+                await self._dial(peer, timeout_s)
+                return
+            await under_way.wait()
+
+    async def _dial(self, peer: PeerId, timeout_s: float) -> None:
+        self._dialling[peer] = trio.Event()
+        try:
+            daemon = self._get_daemon()
+            addrs = [addr.without_peer() for addr in self._addrs_of(peer)]
+            if not addrs:
+                try:
+                    addrs = list((await daemon.find_peer(peer, timeout_s=LOOKUP_TIMEOUT_S)).addrs)
+                except DaemonError:
+                    addrs = []  # p2pd may still know one itself
+            await daemon.connect(peer, addrs, timeout_s=timeout_s)
+            await self.look()
+        except DaemonError as exc:
+            if exc.code in ("daemon_unavailable", "daemon_timeout"):
+                raise
+            raise PeerUnreachableError(f"{peer.short()} cannot be reached: {exc}") from exc
+        finally:
+            self._dialling.pop(peer).set()

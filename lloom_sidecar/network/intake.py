@@ -1,0 +1,83 @@
+"""The one way by which announcements enter the peer book, from gossip, hello or a catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import structlog
+import trio
+
+from lloom_sidecar.errors import AnnouncementError
+from lloom_sidecar.ids import PeerId
+from lloom_sidecar.peers.peerbook import Change, PeerBook
+from lloom_sidecar.protocol.announcement import check_clock, open_announcement
+from lloom_sidecar.protocol.network_key import NetworkKey
+
+MAX_FOUND_BY: Final = 20_000
+
+log = structlog.get_logger("lloom.intake")
+
+
+class IntakeObserver(Protocol):
+    """What the node wants to know of announcements."""
+
+    def announcement_dropped(self, reason: str) -> None: ...
+
+    def executor_changed(self, peer: PeerId, change: Change, found_by: str) -> None: ...
+
+
+class Intake:
+    """Checks and applies announcements; synchronous, so each is atomic."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        book: PeerBook,
+        keys: Callable[[], Sequence[NetworkKey]],
+        observer: IntakeObserver,
+        want_full: Callable[[PeerId], None],
+        now_ms: Callable[[], int],
+    ) -> None:
+        """``want_full``: a heartbeat refers to an announcement that we lack; fetch it from that peer."""
+        self._me = me
+        self._book = book
+        self._keys = keys
+        self._observer = observer
+        self._want_full = want_full
+        self._now_ms = now_ms
+        self.found_by: dict[PeerId, str] = {}
+        """How each executor was first found: gossip, hello, catalogue."""
+
+    def take(
+        self,
+        raw: bytes,
+        *,
+        found_by: str,
+        source: PeerId | None,
+        direct: bool = False,
+        expected_signer: PeerId | None = None,
+        age_s: float = 0.0,
+        checks_clock: bool = True,
+    ) -> Change | None:
+        """Apply one signed announcement; whatever is wrong with it is counted and dropped, and None returned."""
+        try:
+            announcement = open_announcement(raw, keys=self._keys(), expected_signer=expected_signer)
+            if announcement.peer == self._me:
+                return None
+            if checks_clock:
+                check_clock(announcement, self._now_ms())
+            change = self._book.apply(announcement, now=trio.current_time(), age_s=age_s, direct=direct, source=source)
+        except AnnouncementError as exc:
+            self._observer.announcement_dropped(exc.reason)
+            log.debug("announcement_dropped", reason=exc.reason)
+            return None
+        if change is Change.NEW and len(self.found_by) < MAX_FOUND_BY:
+            self.found_by[announcement.peer] = found_by
+        elif change is Change.REMOVED:
+            self.found_by.pop(announcement.peer, None)
+        elif change is Change.WANTS_FULL:
+            self._want_full(announcement.peer)
+        self._observer.executor_changed(announcement.peer, change, found_by)
+        return change

@@ -1,0 +1,208 @@
+"""Where what happens becomes metrics, events and health conditions: one class that every room reports to."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from lloom_sidecar.admin.events import (
+    BootstrapComplete,
+    ConnectionClosed,
+    ConnectionEstablished,
+    EventBus,
+    ExecutorDiscovered,
+    ExecutorLost,
+    NetworkError,
+    RequestReceived,
+    ResponseReceived,
+    ValidatorDiscovered,
+)
+from lloom_sidecar.admin.health import HealthConditions
+from lloom_sidecar.admin.metrics import Metrics
+from lloom_sidecar.errors import LloomError
+from lloom_sidecar.executor.serve import ServedReceipt
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.link.exchange import Call, Receipt
+from lloom_sidecar.peers.peerbook import Change
+
+MAX_RECENT_RECEIPTS: Final = 256
+
+log = structlog.get_logger("lloom.node")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReceipt:
+    """A verified answer, for the ledger and for whoever asks by the request's id."""
+
+    peer: PeerId
+    call: Call
+    receipt: Receipt
+
+
+@dataclass(slots=True)
+class Counts:
+    """Requests since the node started, of one role."""
+
+    in_flight: int = 0
+    served: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    def end(self, code: str) -> None:
+        self.in_flight -= 1
+        if code == "ok":
+            self.served += 1
+        elif code == "cancelled":
+            self.cancelled += 1
+        else:
+            self.failed += 1
+
+
+class Observer:
+    """Implements what the rooms want to report to. Every method is quick; none raises."""
+
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        events: EventBus,
+        health: HealthConditions,
+        models_of: Callable[[PeerId], tuple[str, ...]],
+        keep_receipt: Callable[[ClientReceipt | ServedReceipt], None],
+    ) -> None:
+        self._metrics = metrics
+        self._events = events
+        self._health = health
+        self._models_of = models_of
+        self._keep_receipt = keep_receipt
+        self.client = Counts()
+        self.executor = Counts()
+        self.receipts: OrderedDict[str, ClientReceipt] = OrderedDict()
+        """The newest verified answers by request id (hex)."""
+        self.rtt_s: dict[PeerId, float] = {}
+        self._last_error: dict[PeerId, str] = {}
+
+    # ------------------------------------------------------------ connections
+    def connected(self, peer: PeerId, addr: Multiaddr) -> None:
+        self._events.publish(ConnectionEstablished(str(peer), "relayed" if addr.is_relayed else "direct"))
+
+    def disconnected(self, peer: PeerId) -> None:
+        self.rtt_s.pop(peer, None)
+        self._events.publish(ConnectionClosed(str(peer), self._last_error.pop(peer, "unknown")))
+
+    # ------------------------------------------------------------ announcements
+    def announcement_dropped(self, reason: str) -> None:
+        self._metrics.announcement_dropped(reason)
+
+    def executor_changed(self, peer: PeerId, change: Change, found_by: str) -> None:
+        if change is Change.NEW:
+            log.info("executor_discovered", peer=str(peer), source=found_by)
+            self._events.publish(ExecutorDiscovered(str(peer), self._models_of(peer), found_by))
+        elif change is Change.REMOVED:
+            self.executor_lost(peer, "removal")
+
+    def executor_lost(self, peer: PeerId, reason: str) -> None:
+        log.info("executor_lost", peer=str(peer), reason=reason)
+        self._events.publish(ExecutorLost(str(peer), reason))
+
+    # ------------------------------------------------------------ validators
+    def validator_joined(self, peer: PeerId, entries: int) -> None:
+        log.info("validator_joined", peer=str(peer), entries=entries)
+        self._events.publish(ValidatorDiscovered(str(peer), "bootstrap"))
+
+    def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None:
+        log.warning("validator_not_joined", peer=str(peer), code=error.code, reason=str(error), attempt=attempt)
+        if attempt == 1:
+            self._events.publish(NetworkError(error.code, str(error), str(peer)))
+
+    def bootstrap_complete(self, validators: int, seconds: float) -> None:
+        log.info("bootstrap_complete", validators=validators, seconds=round(seconds, 3))
+        self._metrics.discovery_finished(seconds)
+        self._events.publish(BootstrapComplete(validators, validators, round(seconds, 3)))
+
+    def hello_refused(self, peer: PeerId, code: str) -> None:
+        log.info("hello_refused", peer=str(peer), code=code)
+        self._metrics.refused(code)
+        self._last_error[peer] = code
+        if len(self._last_error) > MAX_RECENT_RECEIPTS:
+            self._last_error.pop(next(iter(self._last_error)))
+
+    # ------------------------------------------------------------ requests of applications
+    def http_started(self) -> None:
+        self.client.in_flight += 1
+        self._metrics.request_started("client")
+
+    def http_ended(
+        self,
+        request_id: str,
+        model: str,
+        peer: PeerId | None,
+        code: str,
+        seconds: float,
+        first_s: float | None,
+        attempts: int,
+    ) -> None:
+        self.client.end(code)
+        self._metrics.request_finished("client", code, seconds)
+        if first_s is not None:
+            self._metrics.first_token("client", first_s)
+        log.info(
+            "request_ended",
+            request_id=request_id,
+            model=model,
+            peer=peer and str(peer),
+            code=code,
+            seconds=round(seconds, 4),
+        )
+        self._events.publish(
+            ResponseReceived(request_id, model, "client", peer and str(peer), code, round(seconds, 4), attempts)
+        )
+
+    def http_received(self, request_id: str, model: str) -> None:
+        self._metrics.message_sent("request")
+        self._events.publish(RequestReceived(request_id, model, "client"))
+
+    def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
+        log.info("attempt_failed", peer=str(peer), model=model, stage=stage, code=error.code)
+        self._metrics.attempt_failed(error.code)
+
+    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
+        kept = ClientReceipt(peer, call, receipt)
+        self.receipts[call.request_id.hex()] = kept
+        if len(self.receipts) > MAX_RECENT_RECEIPTS:
+            self.receipts.popitem(last=False)
+        self._keep_receipt(kept)
+
+    # ------------------------------------------------------------ requests of peers
+    def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:
+        self.executor.in_flight += 1
+        self._metrics.message_received("request")
+        self._metrics.request_started("executor")
+        self._events.publish(RequestReceived(request_id.hex(), model, "executor", str(peer)))
+
+    def request_ended(
+        self,
+        peer: PeerId,
+        request_id: bytes,
+        model: str,
+        code: str,
+        seconds: float,
+        first_s: float | None,
+        tokens: int,
+    ) -> None:
+        self.executor.end(code)
+        self._metrics.request_finished("executor", code, seconds)
+        if first_s is not None:
+            self._metrics.first_token("executor", first_s)
+        log.info("served", peer=str(peer), model=model, code=code, seconds=round(seconds, 4), tokens=tokens)
+        self._events.publish(ResponseReceived(request_id.hex(), model, "executor", str(peer), code, round(seconds, 4)))
+
+    def refused(self, code: str) -> None:
+        self._metrics.refused(code)
+
+    def receipt_made(self, served: ServedReceipt) -> None:
+        self._keep_receipt(served)
