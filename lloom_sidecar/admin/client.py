@@ -1,0 +1,241 @@
+"""The one client that talks to a running node: httpx over its admin socket. Synchronous, for ``lloomctl``."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from lloom_sidecar.errors import LloomError
+
+if TYPE_CHECKING:
+    import httpx
+
+    from .view import ExecutorInfo, ModelInfo, PeerInfo, ReceiptInfo, SettingInfo, Status
+
+CONNECT_TIMEOUT_S: Final = 3.0
+READ_TIMEOUT_S: Final = 10.0
+ACTION_TIMEOUT_S: Final = 60.0
+"""For what the node does with other peers, such as a dial."""
+EVENTS_TIMEOUT_S: Final = 45.0
+"""Three of the API's keep-alive lines."""
+
+
+class NodeUnreachableError(LloomError):
+    """No node answers where one was expected; the message says what to do next. Exit code 3 of ``lloomctl``."""
+
+    code = "node_unreachable"
+    http_status = 503
+    retryable = True
+
+
+class NodeRefusedError(LloomError):
+    """The node answered with an error: ``code``, ``http_status`` and the message are the node's."""
+
+    code = "node_refused"
+
+
+class NodeClient:
+    """A connection to the admin API of one node. A context manager.
+
+    Every method raises NodeUnreachableError when nothing answers in time, and NodeRefusedError when the node answers
+    with an error.
+    """
+
+    def __init__(self, *, socket_path: Path | None = None, url: str | None = None, home: Path | None = None) -> None:
+        """Exactly one of ``socket_path`` and ``url`` (http://HOST:PORT); ``home`` is for messages only."""
+        import httpx
+
+        if (socket_path is None) == (url is None):
+            raise ValueError("give either a socket or a URL")
+        self._socket_path = socket_path
+        self._url = url
+        self._home = home
+        self._is_checked = False
+        # A fresh context without certificates: loading the system's costs 30 ms and the socket speaks no TLS.
+        verify: ssl.SSLContext | bool = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if url is not None and url.startswith("https:"):
+            verify = True
+        transport = httpx.HTTPTransport(verify=verify, uds=str(socket_path) if socket_path is not None else None)
+        self._client = httpx.Client(
+            transport=transport,
+            base_url=url or "http://localhost",
+            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,
+        )
+
+    @classmethod
+    def for_home(cls, home: Path) -> NodeClient:
+        """The node that runs in ``home``."""
+        return cls(socket_path=home / "run" / "admin.sock", home=home)
+
+    @classmethod
+    def for_node(cls, node: str) -> NodeClient:
+        """The node at ``unix:PATH`` or ``http(s)://HOST:PORT``. Raises ValueError for another form."""
+        if node.startswith("unix:"):
+            return cls(socket_path=Path(node.removeprefix("unix:").removeprefix("//")))
+        if node.startswith(("http://", "https://")):
+            return cls(url=node.rstrip("/"))
+        raise ValueError(f"{node!r} is not a node's address: expected unix:PATH or http://HOST:PORT")
+
+    # --- reading
+
+    def status(self) -> Status:
+        """The node at a glance."""
+        return cast("Status", self._get("/v1/status"))
+
+    def peers(self) -> list[PeerInfo]:
+        """The peers that it knows."""
+        return cast("list[PeerInfo]", self._get_list("/v1/peers", "peers"))
+
+    def models(self) -> list[ModelInfo]:
+        """The models that are offered to it."""
+        return cast("list[ModelInfo]", self._get_list("/v1/models", "models"))
+
+    def executors(self) -> list[ExecutorInfo]:
+        """The executors that it knows."""
+        return cast("list[ExecutorInfo]", self._get_list("/v1/executors", "executors"))
+
+    def config(self) -> list[SettingInfo]:
+        """Its settings, each with its source."""
+        return cast("list[SettingInfo]", self._get_list("/v1/config", "settings"))
+
+    def receipt(self, request_id: str) -> ReceiptInfo:
+        """The verified receipt of one of its recent requests."""
+        return cast("ReceiptInfo", self._get(f"/v1/receipts/{request_id}"))
+
+    def metrics(self) -> str:
+        """Its metrics as Prometheus text."""
+        with self._translated():
+            return self._checked(self._client.get("/v1/metrics")).text
+
+    def events(
+        self, *, follow: bool = True, history: bool = True, kinds: Sequence[str] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """Its events; with ``follow`` until the node ends the stream."""
+        import httpx
+
+        params: list[tuple[str, str | int | float | bool | None]] = [("kind", kind) for kind in kinds]
+        params += [("follow", int(follow)), ("history", int(history))]
+        timeout = httpx.Timeout(EVENTS_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with self._translated(), self._client.stream("GET", "/v1/events", params=params, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+            for line in self._checked(response).iter_lines():
+                if line:
+                    yield self._parsed(line)
+
+    # --- acting
+
+    def connect(self, addr: str) -> PeerInfo:
+        """Let the node connect to the peer at ``addr``."""
+        return cast("PeerInfo", self._post("/v1/peers/connect", {"addr": addr}))
+
+    def drain(self) -> None:
+        """Let the node refuse new work and end when the running work has ended."""
+        self._post("/v1/drain", None)
+
+    # --- beneath
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def __enter__(self) -> NodeClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with self._translated():
+            return self._parsed(self._checked(self._client.get(path)).text)
+
+    def _get_list(self, path: str, key: str) -> list[Any]:
+        found = self._get(path).get(key)
+        if not isinstance(found, list):
+            raise NodeRefusedError(f"{self._where} answered {path} without {key!r}: is it a Lloom node?")
+        return found
+
+    def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with self._translated():
+            return self._parsed(self._checked(self._client.post(path, json=body, timeout=ACTION_TIMEOUT_S)).text)
+
+    def _checked(self, response: httpx.Response) -> httpx.Response:
+        if not response.is_error:
+            return response
+        try:
+            error = json.loads(response.text)["error"]
+            code, message = str(error["code"]), str(error["message"])
+        except (ValueError, KeyError, TypeError):
+            code, message = "node_refused", f"{self._where} answered with status {response.status_code}"
+        raise NodeRefusedError(message, code=code, http_status=response.status_code)
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except ValueError as exc:
+            raise NodeRefusedError(f"{self._where} answered something that is no JSON: is it a Lloom node?") from exc
+        if not isinstance(value, dict):
+            raise NodeRefusedError(f"{self._where} answered no JSON object: is it a Lloom node?")
+        return value
+
+    @property
+    def _where(self) -> str:
+        return self._url or str(self._socket_path)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        import httpx
+
+        self._check_socket()
+        try:
+            yield
+        except httpx.TimeoutException as exc:
+            raise NodeUnreachableError(self._too_slow()) from exc
+        except httpx.TransportError as exc:
+            raise NodeUnreachableError(self._explain(exc)) from exc
+
+    def _explain(self, exc: httpx.TransportError) -> str:
+        import httpx
+
+        if isinstance(exc, httpx.ConnectError):
+            return f"no node answers at {self._where}: check the address, and that the node runs"
+        return f"the node at {self._where} ended before it had answered: see its log, and start it again"
+
+    def _check_socket(self) -> None:
+        """Open and close the socket once: its error says more than httpx's, which leaks a descriptor besides."""
+        if self._is_checked or self._socket_path is None:
+            return
+        path, home = self._socket_path, self._home
+        start = "`lloom-sidecar run`" if home is None else f"`lloom-sidecar run --home {home} --role client`"
+        try:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(CONNECT_TIMEOUT_S)
+                probe.connect(str(path))
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            where = f"in {home}" if home is not None else f"at {path}"
+            raise NodeUnreachableError(
+                f"no node runs {where}: start one with {start}, or name another with --home or --node"
+            ) from exc
+        except ConnectionRefusedError as exc:
+            raise NodeUnreachableError(f"the node that made {path} has ended: start it again with {start}") from exc
+        except PermissionError as exc:
+            raise NodeUnreachableError(
+                f"the node's socket {path} belongs to another user: run lloomctl as the user that runs the node"
+            ) from exc
+        except TimeoutError as exc:
+            raise NodeUnreachableError(self._too_slow()) from exc
+        except OSError as exc:
+            raise NodeUnreachableError(f"the node's socket {path} cannot be used: {exc}") from exc
+        self._is_checked = True
+
+    def _too_slow(self) -> str:
+        return f"the node at {self._where} does not answer in time: see its log, and whether its machine is overloaded"

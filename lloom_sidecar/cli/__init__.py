@@ -1,0 +1,1 @@
+"""The two commands: lloom-sidecar and lloomctl."""

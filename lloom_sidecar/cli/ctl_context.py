@@ -1,0 +1,109 @@
+"""What every command of lloomctl shares: which node is meant, the ``--json`` option, how errors end the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from lloom_sidecar.cli import output
+from lloom_sidecar.errors import ConfigError, LloomError
+
+if TYPE_CHECKING:
+    from lloom_sidecar.admin.client import NodeClient
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_UNREACHABLE: Final = 3
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The node that a command is about."""
+
+    home_option: str | None
+    """``--home`` or LLOOM_HOME; None = the default."""
+    node: str | None
+    """``--node`` or LLOOM_NODE; None = the node that runs in the home."""
+
+    @property
+    def home(self) -> Path:
+        """The home, whether or not it exists."""
+        from lloom_sidecar.config import resolve_home
+
+        return resolve_home(self.home_option, {})
+
+    def client(self) -> NodeClient:
+        """A client of the node's admin API. Nothing is sent yet."""
+        from lloom_sidecar.admin.client import NodeClient
+
+        if self.node is None:
+            return NodeClient.for_home(self.home)
+        try:
+            return NodeClient.for_node(self.node)
+        except ValueError as exc:
+            raise click.BadParameter(str(exc), param_hint="--node") from exc
+
+
+pass_target = click.make_pass_decorator(Target)
+
+
+def json_option(command: Command) -> Command:
+    """Adds ``--json``, which arrives as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")(command)
+
+
+def example(*lines: str) -> str:
+    """The end of a help text: examples that click leaves as they are."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class Failure(click.ClickException):
+    """A LloomError on its way out of the process: a sentence a fault on stderr, and the exit code."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, exc: LloomError) -> None:
+        super().__init__(exc.message)
+        self.faults: Sequence[str] = exc.faults if isinstance(exc, ConfigError) else (exc.message,)
+
+    def show(self, file: Any = None) -> None:
+        """Print it, on stderr whatever ``file`` is."""
+        for fault in self.faults:
+            output.fail(output.printable(fault))
+
+    @classmethod
+    def of(cls, exc: LloomError) -> Failure:
+        """The one with the exit code that suits ``exc``."""
+        return UnreachableFailure(exc) if exc.code == "node_unreachable" else cls(exc)
+
+
+class UnreachableFailure(Failure):
+    """No node answered."""
+
+    exit_code = EXIT_UNREACHABLE
+
+
+class NounGroup(click.Group):
+    """A noun of lloomctl: names the nearest verb when one is not known."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a suggestion."""
+        name = args[0] if args else ""
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise click.UsageError(_no_such(name, self.list_commands(ctx)), ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _no_such(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"no such command: {name}" + (f"; did you mean {near[0]}?" if near else "")
