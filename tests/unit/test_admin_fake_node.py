@@ -1,0 +1,243 @@
+"""A node without a network, for the tests of the admin API, its client and lloomctl; and what it must satisfy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from lloom_sidecar.admin.api import admin_app
+from lloom_sidecar.admin.events import EventBus, ExecutorDiscovered
+from lloom_sidecar.admin.health import HealthConditions
+from lloom_sidecar.admin.metrics import Metrics
+from lloom_sidecar.admin.view import (
+    Check,
+    ConditionInfo,
+    ExecutorInfo,
+    ModelInfo,
+    NodeView,
+    PeerInfo,
+    SettingInfo,
+    Status,
+)
+from lloom_sidecar.errors import PeerUnreachableError
+from lloom_sidecar.http.asgi import asgi_handler
+from lloom_sidecar.http.listeners import open_unix_listener
+from lloom_sidecar.http.server import serve
+
+PEER = "12D3KooWPzmtXC6iEAcbKV56WtQfWX2pcKhGDhxJQxG9aREpCEoU"
+OTHER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+ADDR = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"
+
+
+class FakeNode:
+    """Fixed answers; ``drained`` and ``connected`` record what was asked of it."""
+
+    def __init__(self) -> None:
+        self.events = EventBus(wall_clock=lambda: 1_700_000_000.0)
+        self.health = HealthConditions()
+        self.metrics = Metrics(version="0.0.test", health=self.health, with_process=False)
+        self.checks = [Check(name="api", ok=True, text=""), Check(name="p2pd", ok=True, text="")]
+        self.roles = ["client"]
+        self.addrs = [ADDR]
+        self.network_id: str | None = "ab" * 32
+        self.software = "lloom/0.1.0"
+        self.drained = 0
+        self.connected: list[str] = []
+
+    def status(self) -> Status:
+        return Status(
+            peer=PEER,
+            version="0.1.0",
+            roles=self.roles,
+            uptime_s=3725.0,
+            draining=False,
+            home="/srv/lloom",
+            p2pd={
+                "mode": "managed",
+                "path": "/usr/bin/p2pd",
+                "version": "0.1.0",
+                "pid": 42,
+                "up": True,
+                "restarts": 1,
+                "features": ["quic"],
+            },
+            network={"id": self.network_id, "open": False, "previous_key_until": None},
+            api={"address": "http://127.0.0.1:4880", "ready": True},
+            addrs=self.addrs,
+            connections=2,
+            members=1,
+            executors=1,
+            models=1,
+            validators=[{"peer": OTHER, "connected": True}],
+            requests={"in_flight": 1, "served": 7, "failed": 2, "cancelled": 0, "queued": 0},
+            conditions=self.conditions(),
+        )
+
+    def peers(self) -> list[PeerInfo]:
+        return [
+            PeerInfo(
+                peer=OTHER,
+                roles=["executor"],
+                addrs=["/ip4/192.0.2.9/tcp/4001"],
+                connected=True,
+                path="direct",
+                member=True,
+                state="fresh",
+                lease_left_s=25.4,
+                software=self.software,
+                rtt_ms=12.34,
+                source="gossip",
+            ),
+            PeerInfo(
+                peer=PEER,
+                roles=[],
+                addrs=[],
+                connected=False,
+                path="none",
+                member=False,
+                state="none",
+                lease_left_s=None,
+                software="",
+                rtt_ms=None,
+                source="dht",
+            ),
+        ]
+
+    def models(self) -> list[ModelInfo]:
+        return [
+            ModelInfo(
+                id="smollm2:135m",
+                family="smollm2",
+                executors=[
+                    {
+                        "peer": OTHER,
+                        "state": "fresh",
+                        "context_length": 2048,
+                        "slots": 4,
+                        "in_flight": 1,
+                        "queued": 0,
+                        "price": {"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
+                        "features": ["chat"],
+                        "ttft_ms": 80.0,
+                        "tokens_per_s": 41.26,
+                    }
+                ],
+            )
+        ]
+
+    def executors(self) -> list[ExecutorInfo]:
+        return [
+            ExecutorInfo(
+                peer=OTHER,
+                state="suspect",
+                lease_left_s=2.0,
+                connected=True,
+                path="relayed",
+                member=True,
+                software=self.software,
+                circuit="closed",
+                in_flight=1,
+                queued=0,
+                models=["smollm2:135m"],
+            )
+        ]
+
+    def config_effective(self) -> list[SettingInfo]:
+        return [
+            SettingInfo(name="roles", value=["client"], source="flag", env="LLOOM_ROLES", flag="--role"),
+            SettingInfo(name="open", value=False, source="default", env="LLOOM_OPEN", flag="--open"),
+            SettingInfo(name="slots", value=None, source="default", env="LLOOM_SLOTS", flag="--slots"),
+        ]
+
+    def conditions(self) -> list[ConditionInfo]:
+        return [ConditionInfo(**one) for one in self.health.as_dicts()]  # type: ignore[typeddict-item]
+
+    async def connect(self, addr: str) -> PeerInfo:
+        await trio.lowlevel.checkpoint()
+        if not addr.startswith("/"):
+            raise ValueError(f"not a multiaddr: {addr!r}")
+        if "192.0.2.66" in addr:
+            raise PeerUnreachableError("the peer at 192.0.2.66 does not answer")
+        self.connected.append(addr)
+        return self.peers()[0]
+
+    async def drain(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.drained += 1
+
+    def startup_checks(self) -> list[Check]:
+        return self.checks
+
+    def readiness_checks(self) -> list[Check]:
+        return self.checks
+
+    def render_metrics(self) -> bytes:
+        return self.metrics.render()
+
+
+class Served:
+    """A FakeNode behind a real unix socket, in a loop of its own thread."""
+
+    def __init__(self, node: FakeNode, home: Path) -> None:
+        self.node = node
+        self.home = home
+        self._ready = threading.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._shutdown: trio.Event | None = None
+        self._thread = threading.Thread(target=trio.run, args=(self._serve,), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def stop(self) -> None:
+        """As a node does: streams of events end, then the server."""
+        self.call(self._end)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def call(self, function: object) -> None:
+        """Run a synchronous function in the node's loop."""
+        assert self._token is not None
+        assert callable(function)
+        trio.from_thread.run_sync(function, trio_token=self._token)
+
+    def _end(self) -> None:
+        assert self._shutdown is not None
+        self.node.events.close()
+        self._shutdown.set()
+
+    async def _serve(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._shutdown = trio.Event()
+        (self.home / "run").mkdir(parents=True, exist_ok=True)
+        listener = open_unix_listener(str(self.home / "run" / "admin.sock"))
+        async with trio.open_nursery() as nursery:
+            handler = asgi_handler(admin_app(self.node))
+            await nursery.start(lambda task_status: serve([listener], handler, shutdown=self._shutdown, grace_s=5, task_status=task_status))  # fmt: skip  # noqa: E501
+            self._ready.set()
+
+
+@contextmanager
+def served(home: Path, node: FakeNode | None = None) -> Iterator[Served]:
+    """Serve a node's admin API in ``home`` while the block runs."""
+    one = Served(node or FakeNode(), home)
+    one.start()
+    try:
+        yield one
+    finally:
+        if one._thread.is_alive():
+            one.stop()
+
+
+def test_the_fake_shows_what_a_node_shows() -> None:
+    node = FakeNode()
+    view: NodeView = node
+    node.events.publish(ExecutorDiscovered(OTHER, ("smollm2:135m",), "gossip"))
+    node.health.set("few_peers", "0 of 1 peers")
+    assert view.status()["conditions"][0]["code"] == "few_peers"
+    assert view.events.recent()[0].event.kind == "executor_discovered"
