@@ -19,9 +19,23 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
-from .identity import load_network_keys
+from .identity import DEFAULT_HOME, load_network_keys, resolve_home
 from .ids import Multiaddr, PeerId, check_model_id
 from .protocol.offers import Price
+
+__all__ = [
+    "Config",
+    "HostPort",
+    "SettingDoc",
+    "admin_socket_path",
+    "describe_settings",
+    "env_name",
+    "load_config",
+    "parse_bootstrap",
+    "read_bootstrap_file",
+    "read_secret_lines",
+    "resolve_home",
+]
 
 CLIENT: Final = "client"
 EXECUTOR: Final = "executor"
@@ -30,7 +44,6 @@ ROLES: Final = (CLIENT, EXECUTOR, VALIDATOR)
 BUILTIN_MODEL: Final = "builtin"
 """The value of ``model`` that means the embedded one."""
 
-DEFAULT_HOME: Final = Path("~/.local/share/lloom")
 CONFIG_FILE_NAME: Final = "config.toml"
 """Read from the home when no other file is named."""
 BOOTSTRAP_FILE_NAME: Final = "bootstrap"
@@ -705,15 +718,6 @@ def describe_settings() -> list[SettingDoc]:
 def admin_socket_path(home: Path) -> Path:
     """Where the node that lives in ``home`` serves its admin API."""
     return home / "run" / "admin.sock"
-
-
-def resolve_home(flag: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None) -> Path:
-    """The home that ``--home``, LLOOM_HOME or the default names. Creates nothing. Raises ConfigError."""
-    given = str(flag) if flag is not None else (os.environ if env is None else env).get("LLOOM_HOME") or None
-    try:
-        return DEFAULT_HOME.expanduser() if given is None else _path(given)
-    except (ValueError, RuntimeError) as exc:
-        raise ConfigError(f"home: {exc}") from exc
 
 
 def read_bootstrap_file(path: Path) -> tuple[Multiaddr, ...]:

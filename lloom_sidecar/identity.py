@@ -1,6 +1,7 @@
 """What a node keeps in its home about itself: the folder, its private key, the lock, the network's keys.
 
-Everything here runs before the event loop or in the commands that need no node, so it blocks.
+Everything here runs before the event loop or in the commands that need no node, so it blocks. Cryptography is imported
+where it is used: most commands need only the home's path.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from .errors import ConfigError, StartError
-from .protocol.envelope import SEED_BYTES, Signer
 
 if TYPE_CHECKING:
+    from .protocol.envelope import Signer
     from .protocol.network_key import NetworkKeys
 
+DEFAULT_HOME: Final = Path("~/.local/share/lloom")
 IDENTITY_NAME: Final = "identity.key"
 LOCK_NAME: Final = "lock"
 MAX_KEY_FILE_BYTES: Final = 64 * 1024
@@ -40,6 +43,17 @@ _OUR_NAMES: Final = frozenset(
     }
 )
 """What a home may hold before it has an identity, and still be recognised as one."""
+
+
+def resolve_home(flag: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None) -> Path:
+    """The home that ``--home``, LLOOM_HOME or the default names, absolute. Creates nothing. Raises ConfigError."""
+    given = os.fspath(flag) if flag is not None else (os.environ if env is None else env).get("LLOOM_HOME") or None
+    if given is not None and (not given or given != given.strip() or not given.isprintable()):
+        raise ConfigError(f"home: {given!r} is empty, or has control characters or a space at an end")
+    try:
+        return Path.cwd() / (DEFAULT_HOME if given is None else Path(given)).expanduser()
+    except RuntimeError as exc:
+        raise ConfigError(f"home: {exc}") from exc
 
 
 def prepare_home(home: Path) -> None:
@@ -81,6 +95,8 @@ def init_home(home: Path) -> tuple[Signer, bool]:
     Raises:
         ConfigError: as ``prepare_home`` and ``load_identity``, or the key cannot be written.
     """
+    from .protocol.envelope import SEED_BYTES, Signer
+
     prepare_home(home)
     path = home / IDENTITY_NAME
     if path.exists() or path.is_symlink():
@@ -99,6 +115,8 @@ def load_identity(home: Path) -> Signer:
     Raises:
         ConfigError: one sentence with the remedy: missing, unreadable, somebody else's, damaged.
     """
+    from .protocol.envelope import Signer
+
     path = home / IDENTITY_NAME
     try:
         data = _read_private(path)
@@ -233,7 +251,7 @@ def _read_private(path: Path) -> bytes:
     """The bytes of a secret file. Raises FileNotFoundError, or ConfigError when it cannot be read or is another's."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{path} is not a file")
@@ -243,7 +261,9 @@ def _read_private(path: Path) -> bytes:
             if status.st_uid == os.geteuid() and status.st_mode & 0o077:
                 with contextlib.suppress(OSError):  # a read-only mount
                     os.fchmod(fd, 0o600)
-            data = file.read(MAX_KEY_FILE_BYTES + 1)
+            data = os.read(fd, MAX_KEY_FILE_BYTES + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         raise
     except PermissionError as exc:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import quote
 
 from lloom_sidecar.errors import LloomError
 
@@ -49,25 +50,32 @@ class NodeClient:
 
     def __init__(self, *, socket_path: Path | None = None, url: str | None = None, home: Path | None = None) -> None:
         """Exactly one of ``socket_path`` and ``url`` (http://HOST:PORT); ``home`` is for messages only."""
-        import httpx
-
         if (socket_path is None) == (url is None):
             raise ValueError("give either a socket or a URL")
         self._socket_path = socket_path
         self._url = url
         self._home = home
-        self._is_checked = False
+        self._opened: httpx.Client | None = None
+
+    @property
+    def _client(self) -> httpx.Client:
+        if self._opened is not None:
+            return self._opened
+        self._check_socket()  # before the import, which takes longer than everything else
+        import httpx
+
         # A fresh context without certificates: loading the system's costs 30 ms and the socket speaks no TLS.
         verify: ssl.SSLContext | bool = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if url is not None and url.startswith("https:"):
+        if self._url is not None and self._url.startswith("https:"):
             verify = True
-        transport = httpx.HTTPTransport(verify=verify, uds=str(socket_path) if socket_path is not None else None)
-        self._client = httpx.Client(
-            transport=transport,
-            base_url=url or "http://localhost",
+        uds = str(self._socket_path) if self._socket_path is not None else None
+        self._opened = httpx.Client(
+            transport=httpx.HTTPTransport(verify=verify, uds=uds),
+            base_url=self._url or "http://localhost",
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )
+        return self._opened
 
     @classmethod
     def for_home(cls, home: Path) -> NodeClient:
@@ -107,23 +115,23 @@ class NodeClient:
 
     def receipt(self, request_id: str) -> ReceiptInfo:
         """The verified receipt of one of its recent requests."""
-        return cast("ReceiptInfo", self._get(f"/v1/receipts/{request_id}"))
+        return cast("ReceiptInfo", self._get(f"/v1/receipts/{quote(request_id, safe='')}"))
 
     def metrics(self) -> str:
         """Its metrics as Prometheus text."""
-        with self._translated():
-            return self._checked(self._client.get("/v1/metrics")).text
+        with self._translated() as client:
+            return self._checked(client.get("/v1/metrics")).text
 
     def events(
         self, *, follow: bool = True, history: bool = True, kinds: Sequence[str] = ()
     ) -> Iterator[dict[str, Any]]:
         """Its events; with ``follow`` until the node ends the stream."""
-        import httpx
-
         params: list[tuple[str, str | int | float | bool | None]] = [("kind", kind) for kind in kinds]
         params += [("follow", int(follow)), ("history", int(history))]
-        timeout = httpx.Timeout(EVENTS_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        with self._translated(), self._client.stream("GET", "/v1/events", params=params, timeout=timeout) as response:
+        with (
+            self._translated() as client,
+            client.stream("GET", "/v1/events", params=params, timeout=EVENTS_TIMEOUT_S) as response,
+        ):
             if response.is_error:
                 response.read()
             for line in self._checked(response).iter_lines():
@@ -144,7 +152,8 @@ class NodeClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._client.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> NodeClient:
         return self
@@ -155,8 +164,8 @@ class NodeClient:
         self.close()
 
     def _get(self, path: str) -> dict[str, Any]:
-        with self._translated():
-            return self._parsed(self._checked(self._client.get(path)).text)
+        with self._translated() as client:
+            return self._parsed(self._checked(client.get(path)).text)
 
     def _get_list(self, path: str, key: str) -> list[Any]:
         found = self._get(path).get(key)
@@ -165,8 +174,8 @@ class NodeClient:
         return found
 
     def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        with self._translated():
-            return self._parsed(self._checked(self._client.post(path, json=body, timeout=ACTION_TIMEOUT_S)).text)
+        with self._translated() as client:
+            return self._parsed(self._checked(client.post(path, json=body, timeout=ACTION_TIMEOUT_S)).text)
 
     def _checked(self, response: httpx.Response) -> httpx.Response:
         if not response.is_error:
@@ -192,12 +201,12 @@ class NodeClient:
         return self._url or str(self._socket_path)
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[httpx.Client]:
+        client = self._client
         import httpx
 
-        self._check_socket()
         try:
-            yield
+            yield client
         except httpx.TimeoutException as exc:
             raise NodeUnreachableError(self._too_slow()) from exc
         except httpx.TransportError as exc:
@@ -212,7 +221,7 @@ class NodeClient:
 
     def _check_socket(self) -> None:
         """Open and close the socket once: its error says more than httpx's, which leaks a descriptor besides."""
-        if self._is_checked or self._socket_path is None:
+        if self._socket_path is None:
             return
         path, home = self._socket_path, self._home
         start = "`lloom-sidecar run`" if home is None else f"`lloom-sidecar run --home {home} --role client`"
@@ -235,7 +244,6 @@ class NodeClient:
             raise NodeUnreachableError(self._too_slow()) from exc
         except OSError as exc:
             raise NodeUnreachableError(f"the node's socket {path} cannot be used: {exc}") from exc
-        self._is_checked = True
 
     def _too_slow(self) -> str:
         return f"the node at {self._where} does not answer in time: see its log, and whether its machine is overloaded"

@@ -34,7 +34,7 @@ class Target:
     @property
     def home(self) -> Path:
         """The home, whether or not it exists."""
-        from lloom_sidecar.config import resolve_home
+        from lloom_sidecar.identity import resolve_home
 
         return resolve_home(self.home_option, {})
 

@@ -1,6 +1,7 @@
 """A whole network on one machine, for a first look: real processes, real p2pd, a real model, one question.
 
-Every node is a process of its own that ends when its standard input does, so nothing outlives the demo, however that ends.
+Every node is a process of its own that ends when its standard input does, so nothing outlives the demo, however that
+ends.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lloom_sidecar.identity import init_home
 START_TIMEOUT_S: Final = 60.0
 END_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.05
+WATCH_S: Final = 0.5
 DEFAULT_PROMPT: Final = "What is a peer-to-peer network? Answer in two sentences."
 MODEL: Final = "smollm2:135m"
 MAX_TOKENS: Final = 96
@@ -59,8 +61,10 @@ class _Member:
         env = {key: value for key, value in os.environ.items() if not key.startswith("LLOOM_") or key == "LLOOM_CACHE"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)]
-                + ["--exit-on-stdin-eof", "--log-format", "json", "--probe", "off", *self.args],
+                [
+                    *(sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)),
+                    *("--exit-on-stdin-eof", "--log-format", "json", "--probe", "off", *self.args),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -84,7 +88,7 @@ class _Member:
                     return self.status
             except NodeUnreachableError:
                 pass
-            time.sleep(POLL_S)
+            _pause(POLL_S)
         raise StartError(f"the {self.name} was not up within {START_TIMEOUT_S:.0f} s:\n{self.last_lines()}")
 
     def last_lines(self, count: int = 5) -> str:
@@ -130,7 +134,7 @@ def run_demo(*, once: bool, prompt: str | None, api_port: int, keep: Path | None
             if not once:
                 _invite(client)
                 while all(m.process is not None and m.process.poll() is None for m in members):
-                    time.sleep(0.5)
+                    _pause(WATCH_S)
                 raise StartError("a node of the demo ended by itself; its log is in " + str(root))
         except KeyboardInterrupt:
             output.say("\nending ...")
@@ -183,7 +187,7 @@ def _start(root: Path, members: list[_Member], api_port: int) -> _Member:
     while len(_executors(client)) < 2:
         if time.monotonic() > deadline:
             raise StartError(f"the client did not find both executors:\n{client.last_lines()}")
-        time.sleep(POLL_S)
+        _pause(POLL_S)
     _done(began_at)
     return client
 
@@ -252,16 +256,19 @@ def _explain(
         found = next((p["source"] for p in node.peers() if p["peer"] == executor), "?")
         receipt = node.receipt(headers["x-request-id"])
     claims = receipt["claims"]
+    tokens = usage.get("completion_tokens", "?")
+    counted = f"{claims['prompt_tokens']} prompt + {claims['completion_tokens']} completion, as the backend counted"
+    if claims["usage_source"] != "backend":
+        counted = f"{claims['completion_tokens']} chunks: the backend did not count"
+    overhead = f"{headers['x-lloom-overhead-ms']} ms to the first byte, attempts: {headers['x-lloom-attempts']}"
     rows = {
         "served by": f"{name}, {executor}",
         "found by": found,
-        "first token": f"{first_s * 1000:.0f} ms; whole answer {seconds:.1f} s, {usage.get('completion_tokens', '?')} tokens",
-        "network overhead": f"{headers['x-lloom-overhead-ms']} ms to the first byte, attempts: {headers['x-lloom-attempts']}",
+        "first token": f"{first_s * 1000:.0f} ms; whole answer {seconds:.1f} s, {tokens} tokens",
+        "network overhead": overhead,
         "receipt verified": f"signed by {claims['executor'][-8:]}, countersigned by {claims['client'][-8:]}",
         "  model": claims["model"],
-        "  tokens": f"{claims['prompt_tokens']} prompt + {claims['completion_tokens']} completion, as the backend counted"
-        if claims["usage_source"] == "backend"
-        else f"{claims['completion_tokens']} chunks",
+        "  tokens": counted,
         "  cost": "free" if not claims["cost"] else f"{claims['cost']} {claims['currency']}",
         "  answer": f"{claims['answer_bytes']} bytes, salted sha-256 {claims['answer_digest'][:16]}...",
         "  request": f"sha-256 {claims['request_digest'][:16]}...",
@@ -331,6 +338,11 @@ def _remove_abandoned(folder: Path) -> None:
         return  # its demo still runs
     finally:
         os.close(fd)
+
+
+def _pause(seconds: float) -> None:
+    """Wait; this program has no event loop, and a signal ends the wait."""
+    signal.sigtimedwait([], seconds)
 
 
 def _step(what: str) -> None:

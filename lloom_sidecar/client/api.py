@@ -1,8 +1,8 @@
 """The OpenAI API that an application talks to: HTTP in, one routed call, the answer streamed back.
 
 A streamed answer looks finished only when its receipt was verified; one that is cut ends with an error event and a
-connection closed without HTTP's last chunk. An application that leaves cancels its call: the server cancels the handler,
-the stream to the executor closes.
+connection closed without HTTP's last chunk. An application that leaves cancels its call: the server cancels the
+handler, the stream to the executor closes.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ log = structlog.get_logger("lloom.api")
 class ApiObserver(Protocol):
     """What the node wants to know of the API; every method is quick and raises nothing."""
 
-    def http_started(self) -> None: ...
+    def http_started(self) -> None:
+        """A call came in; exactly one ``http_ended`` follows."""
 
-    def http_received(self, request_id: str, model: str) -> None: ...
+    def http_received(self, request_id: str, model: str) -> None:
+        """Its body was read and names a model."""
 
     def http_ended(
         self,
@@ -68,7 +70,8 @@ class ApiObserver(Protocol):
         seconds: float,
         first_s: float | None,
         attempts: int,
-    ) -> None: ...
+    ) -> None:
+        """It ended: ``ok``, ``cancelled`` or an error's code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class OpenAiApi:
                 await self._models(path, response)
             else:
                 raise RequestError(
-                    f"Unknown path {path}; this node serves /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/models",
+                    f"Unknown path {path}; this node serves {', '.join(OPERATION_OF_PATH)} and /v1/models",
                     code="not_found",
                     http_status=404,
                 )
@@ -129,7 +132,7 @@ class OpenAiApi:
         if not keys:
             return
         given = (request.header("authorization") or "").encode()
-        if not any([hmac.compare_digest(given, f"Bearer {key}".encode()) for key in keys]):
+        if sum(hmac.compare_digest(given, f"Bearer {key}".encode()) for key in keys) == 0:
             raise RequestError(
                 "this API needs its key: send `Authorization: Bearer <key>`", code="invalid_api_key", http_status=401
             )

@@ -142,8 +142,8 @@ def model_object(
 class TailHolder:
     """Holds back what would make a stream look finished, until the receipt was verified.
 
-    Held from the chunk on that finishes the last of the ``n`` choices, or from ``[DONE]``: a client that got those would take
-    a cut answer for a whole one. Everything before goes out as it came.
+    Held from the chunk on that finishes the last of the ``n`` choices, or from ``[DONE]``: a client that got those
+    would take a cut answer for a whole one. Everything before goes out as it came.
     """
 
     __slots__ = ("_cutter", "_finished", "_held", "_n")

@@ -45,9 +45,11 @@ log = structlog.get_logger("lloom.router")
 class RouterObserver(Protocol):
     """What the node wants to know of requests; every method is quick and raises nothing."""
 
-    def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None: ...
+    def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
+        """One executor failed, in the stage open, first_byte or answer."""
 
-    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None: ...
+    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
+        """An answer is complete and its receipt holds."""
 
 
 @dataclass(slots=True)
@@ -101,8 +103,8 @@ class Router:
     ) -> None:
         """Have ``call`` answered: ``use`` consumes the answer of the executor that gave one.
 
-        ``use`` sets ``route.is_committed`` before it gives the application its first byte; until then a failure moves on to
-        another executor. The caller sets the deadline of the whole.
+        ``use`` sets ``route.is_committed`` before it gives the application its first byte; until then a failure moves
+        on to another executor. The caller sets the deadline of the whole.
 
         Raises:
             UnknownModelError, NoExecutorError, PriceError: nobody to ask.
@@ -121,7 +123,8 @@ class Router:
                 if pause_s is None or pauses >= MAX_PAUSES:
                     raise error or choice.error(wanted.model)
                 pauses += 1
-                excluded = frozenset()
+                if choice.retry_after_s is None:
+                    excluded = frozenset()  # the only one there is, and it said when to return
                 await trio.sleep(pause_s * (1 + 0.1 * self._rng.random()))
                 continue
             view = choice.pick

@@ -45,6 +45,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
+        """Requests that wait."""
         return len(self._queue)
 
     def enter(self, peer: PeerId, *, priority: int = 0) -> Ticket:

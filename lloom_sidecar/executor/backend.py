@@ -1,4 +1,4 @@
-"""The LLM server behind an executor, seen as an OpenAI-compatible URL: what it serves, whether it is up, one call to it."""
+"""The LLM server behind an executor, an OpenAI-compatible URL: what it serves, whether it is up, one call to it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ log = structlog.get_logger("lloom.backend")
 class BackendAnswer(Protocol):
     """The body of a successful answer."""
 
-    async def receive_some(self) -> bytes: ...
+    async def receive_some(self) -> bytes:
+        """Some bytes, ``b""`` at the verified end."""
 
-    async def read(self, max_bytes: int) -> bytes: ...
+    async def read(self, max_bytes: int) -> bytes:
+        """The whole body, if it is not longer than ``max_bytes``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Backend:
 
     @asynccontextmanager
     async def call(self, call: BackendCall) -> AsyncGenerator[BackendAnswer]:
-        """Send a request; the answer's body inside the context. Leaving it early closes the connection, which stops the work.
+        """Send a request; the answer's body inside the context. Leaving it early closes the connection (and the work).
 
         Raises:
             BackendRejectedError: another status than 200, with the backend's own error document.

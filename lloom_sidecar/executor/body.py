@@ -21,7 +21,7 @@ _REMOTE_SCHEMES: Final = ("http:", "https:", "ftp:", "file:", "//")
 _MEDIA_KEYS: Final = frozenset({"image_url", "video_url", "audio_url", "input_image", "file_url", "url"})
 MAX_JSON_DEPTH: Final = 64
 
-PATHS: Final = {
+PATHS: Final[dict[int, str]] = {
     pb.OPERATION_CHAT: "/v1/chat/completions",
     pb.OPERATION_COMPLETIONS: "/v1/completions",
     pb.OPERATION_EMBEDDINGS: "/v1/embeddings",
@@ -63,7 +63,8 @@ def prepare_body(raw: bytes, *, operation: int, model: str, backend_model: str, 
     Bytes that need no change are passed on as they are; unknown fields always stay.
 
     Raises:
-        RequestError: 400 with a sentence; codes invalid_json, repeated_key, model_mismatch, remote_media, not_allowed, limit.
+        RequestError: 400 with a sentence; codes invalid_json, repeated_key, model_mismatch, remote_media, not_allowed,
+            limit.
     """
     document = _parse(raw)
     if document.get("model") != model:

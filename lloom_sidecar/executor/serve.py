@@ -82,7 +82,8 @@ log = structlog.get_logger("lloom.executor")
 class ExecutorObserver(Protocol):
     """What the node wants to know of served requests; every method is quick and raises nothing."""
 
-    def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None: ...
+    def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:
+        """A request passed every check; exactly one ``request_ended`` follows."""
 
     def request_ended(
         self,
@@ -93,11 +94,14 @@ class ExecutorObserver(Protocol):
         seconds: float,
         first_s: float | None,
         tokens: int,
-    ) -> None: ...
+    ) -> None:
+        """It ended: ``ok``, ``cancelled`` or an error's code."""
 
-    def refused(self, code: str) -> None: ...
+    def refused(self, code: str) -> None:
+        """A request or a stream was refused, or a request failed, with this code."""
 
-    def receipt_made(self, served: ServedReceipt) -> None: ...
+    def receipt_made(self, served: ServedReceipt) -> None:
+        """A receipt was signed, or (with ``ack``) countersigned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +126,6 @@ class ExecutorLimits:
     max_body_bytes: int = 32 * 1024 * 1024
     buffered_bodies_bytes: int = 256 * 1024 * 1024
     """Bodies of all requests together that are read and not yet handed to the backend."""
-    max_streams_per_peer: int = 1024
-    """Said in ACCEPT; p2pd's own limit is above it."""
     requests_per_s: float = 2000.0
     """Of all peers; beyond it requests are refused before their signature is checked."""
 
@@ -154,17 +156,21 @@ class Executor:
         admission: Admission,
         policy: BodyPolicy,
         limits: ExecutorLimits,
+        max_streams: Callable[[], int],
         price: Price,
         may_ask: Callable[[PeerId], bool],
         observer: ExecutorObserver,
         now_ms: Callable[[], int],
     ) -> None:
-        """``may_ask``: whether a peer is of our network (or this node is open); asked at OPEN and at every request."""
+        """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
+        of our network (or this node is open); asked at OPEN and at every request.
+        """
         self.signer = signer
         self.backend = backend
         self.admission = admission
         self.policy = policy
         self.limits = limits
+        self.max_streams = max_streams
         self.price = price
         self.may_ask = may_ask
         self.observer = observer
@@ -305,7 +311,7 @@ class _Session:
                 except DaemonError:
                     return  # the stream closed while we answered on it
                 if self._machine.state is State.CLOSED:
-                    # Refused before it was open: let the requester read ERROR and close, since closing first may lose it.
+                    # Refused before it was open: the requester reads ERROR and closes; closing first may lose it.
                     opening.deadline = trio.current_time() + OPEN_TIMEOUT_S
                     while await self._stream.receive_some():
                         pass
@@ -362,7 +368,7 @@ class _Session:
             self._machine.accept(
                 now_ms=executor.now_ms(),
                 challenge=self._challenge,
-                max_streams=executor.limits.max_streams_per_peer,
+                max_streams=executor.max_streams(),
             )
         )
 
@@ -464,7 +470,7 @@ class _Session:
         except LloomError as exc:
             code = exc.code
             await self._fail(exc)
-        except Exception as exc:  # noqa: BLE001 - the last line of this request's task: its bug must not end the stream's others
+        except Exception as exc:  # the end of this request's task: its bug must not end the stream's others
             code = "internal"
             log.error(
                 "request_failed", peer=str(self._peer), model=claims.model, error=type(exc).__name__, exc_info=exc
@@ -585,12 +591,12 @@ class _Session:
         job.first_at_ms = max(1, self._executor.now_ms())
 
     async def _send_data(self, job: _Job, meter: _Meter, data: bytes, content_type: str) -> None:
-        frames = self._machine.data(data)
+        head = b""
         if meter.size == 0:
             backend_us = round((trio.current_time() - job.accepted_at) * 1e6)
-            frames = self._machine.head(content_type, backend_us=backend_us) + frames
+            head = self._machine.head(content_type, backend_us=backend_us)
         meter.add(data)
-        await self._send(frames)
+        await self._send(head + self._machine.data(data))
 
     async def _fail(self, error: LloomError, body: bytes = b"") -> None:
         self._count(error)

@@ -21,7 +21,7 @@ MAX_EXCESS_BYTES: Final = 16_384
 """Framing that a body may carry beyond 16 bytes a chunk and two bytes a byte of content, so that one-byte chunks with
 long extensions are no amplifier. Source: Go's net/http, CVE-2023-39326."""
 
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?\r\n")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*+)?\r\n")
 _PRIMING_HEAD: Final = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -32,11 +32,11 @@ class RequestDechunker:
     are cut. After an error it must not be fed again.
     """
 
-    __slots__ = ("_buffer", "_excess", "_left", "_max_body_bytes", "_max_trailer_bytes", "_parts", "_size", "done")
+    __slots__ = ("_buffer", "_excess", "_left", "_max_body_bytes", "_parts", "_size", "_trailer_left", "done")
 
     def __init__(self, max_body_bytes: int, max_trailer_bytes: int) -> None:
         self._max_body_bytes = max_body_bytes
-        self._max_trailer_bytes = max_trailer_bytes
+        self._trailer_left = max_trailer_bytes
         self._buffer = bytearray()
         self._parts: list[bytes] = []
         self._size = 0
@@ -91,11 +91,13 @@ class RequestDechunker:
                     self._take_size(bytes(buffer[pos : end + 1]))
                     pos = end + 1
                 else:
-                    step = self._take_trailers(buffer, pos)
-                    if step < 0:
+                    end = buffer.find(b"\n", pos, pos + self._trailer_left)
+                    if end < 0:
+                        if len(buffer) - pos >= self._trailer_left:
+                            raise RequestRefusedError(431, "head_too_large", "The body's trailers are too large.")
                         return
-                    pos += step
-                    self.done = True
+                    self._take_trailer(bytes(buffer[pos : end + 1]))
+                    pos = end + 1
         finally:
             del buffer[:pos]
 
@@ -112,19 +114,12 @@ class RequestDechunker:
             raise RequestRefusedError(400, "bad_request", "The body's chunk extensions are too long.")
         self._left = size or -3
 
-    def _take_trailers(self, buffer: bytearray, pos: int) -> int:
-        """Bytes of the trailer section, its final CRLF included; -1 = more is needed."""
-        limit = self._max_trailer_bytes
-        if buffer[pos : pos + 2] == b"\r\n":
-            return 2
-        end = buffer.find(b"\r\n\r\n", pos, pos + limit)
-        if end < 0:
-            if len(buffer) - pos >= limit:
-                raise RequestRefusedError(431, "head_too_large", f"The body's trailers are over {limit} bytes.")
-            return -1
-        if not are_clean_fields(bytes(buffer[pos : end + 2])):
+    def _take_trailer(self, line: bytes) -> None:
+        self._trailer_left -= len(line)
+        if line == b"\r\n":
+            self.done = True
+        elif not are_clean_fields(line):
             raise RequestRefusedError(400, "bad_request", "The body's trailers are invalid.")
-        return end + 4 - pos
 
 
 class ResponseDechunker:

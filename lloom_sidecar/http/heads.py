@@ -130,7 +130,7 @@ def parse_request_head(head: bytes, max_headers: int) -> RequestHead:
     """
     match = _REQUEST_HEAD.fullmatch(head)
     if match is None:
-        raise _bad("The request's head is not valid HTTP/1.1.")
+        raise early_fault(head, 0, len(head)) or _bad("The request's head is not valid HTTP/1.1.")
     method, target, version, block = match.groups()
     is_http11 = version == b"1.1"
     if not is_http11 and version != b"1.0":

@@ -453,7 +453,7 @@ class _Connection:
                             break
                 except RequestRefusedError as exc:
                     await self._refuse(exc)
-                if self.rest or self.is_spoilt:
+                if self.rest or self.is_spoilt or not self.wire.is_quiet():
                     await self._linger()
             if self.wire.expired in ("head", "body") and not self.has_answered:
                 self.wire.send_nowait(_refusal(RequestRefusedError(408, "timeout", "The request came too slowly.")))

@@ -201,8 +201,10 @@ class Ledger:
     async def _write(self, connection: sqlite3.Connection, batch: list[_Job[Any]]) -> None:
         # Shielded: whoever waits for a job that left the queue must hear of it.
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._commit, connection, batch, limiter=self._thread_limiter)
-        self._tell(batch)
+            try:
+                await trio.to_thread.run_sync(self._commit, connection, batch, limiter=self._thread_limiter)
+            finally:
+                self._tell(batch)
 
     def _gather(self, batch: list[_Job[Any]]) -> None:
         try:
@@ -233,10 +235,10 @@ class Ledger:
             self._prune(connection, len(batch))
             connection.execute("COMMIT")
         except Exception as exc:  # noqa: BLE001 - handed to everybody who waits for this batch
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
             for job in batch:
                 job.error = job.error or _translated(exc, self._path)
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
     def _run_one(self, connection: sqlite3.Connection, job: _Job[Any]) -> None:
         connection.execute("SAVEPOINT job")
@@ -534,24 +536,20 @@ def _start_error(exc: sqlite3.Error, path: Path) -> StartError:
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    # All steps or none: what fails is undone when ``open_database`` closes the connection.
     connection.execute("BEGIN IMMEDIATE")
-    try:
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, "
-            "applied_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP) STRICT"
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, "
+        "applied_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP) STRICT"
+    )
+    version = connection.execute("SELECT coalesce(max(version), 0) FROM migrations").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise StartError(
+            f"the ledger {path} was written by a newer lloom-sidecar (schema {version}, this one knows "
+            f"{len(MIGRATIONS)}): upgrade, or use another --home"
         )
-        version = connection.execute("SELECT coalesce(max(version), 0) FROM migrations").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StartError(
-                f"the ledger {path} was written by a newer lloom-sidecar (schema {version}, this one knows "
-                f"{len(MIGRATIONS)}): upgrade, or use another --home"
-            )
-        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute("INSERT INTO migrations (version) VALUES (?)", (number,))
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
+    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute("INSERT INTO migrations (version) VALUES (?)", (number,))
+    connection.execute("COMMIT")

@@ -32,6 +32,7 @@ from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 from .stream_pool import Link, StreamPool
 
+FREE: Final = Price()
 RETRY_FRESH_CODES: Final = frozenset({"expired", "hello_required", "replayed"})
 """Refusals of a REUSED stream that a fresh one may cure: the clock offset or the membership was stale."""
 
@@ -47,7 +48,7 @@ class Call:
     body: bytes = field(repr=False)
     deadline_ms: int
     """How long the answer may take as a whole, from now."""
-    max_price: Price = Price()
+    max_price: Price = FREE
     max_cost: int | None = None
     priority: int = 0
     idempotency_key: bytes = b""
@@ -173,9 +174,9 @@ class Exchange:
 async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> AsyncGenerator[Exchange]:
     """Send ``call`` to ``peer`` and wait for the first frame of its answer.
 
-    A REUSED stream that ends before any frame, or refuses because it is stale, is replaced once by a fresh one; the request is
-    signed anew under the same idempotency key. Leaving the context before the receipt is there closes the stream at once,
-    which is how a cancellation reaches the executor.
+    A REUSED stream that ends before any frame, or refuses because it is stale, is replaced once by a fresh one; the
+    request is signed anew under the same idempotency key. Leaving the context before the receipt is there closes the
+    stream at once, which is how a cancellation reaches the executor.
 
     Raises: as ``StreamPool.acquire`` and ``Exchange.receive``.
     """

@@ -90,6 +90,7 @@ class Link:
 
     @property
     def accepted(self) -> Accepted:
+        """What the responder said in ACCEPT."""
         assert self.machine.accepted is not None  # a Link is only made after ACCEPT
         return self.machine.accepted
 
@@ -143,8 +144,8 @@ class _PeerStreams:
 class StreamPool:
     """Gives out streams to peers, opens new ones, keeps idle ones, watches the ones in use.
 
-    ``say_hello`` is called when a responder says that it does not know us yet; ``get_daemon`` gives the daemon of the moment
-    or raises DaemonUnavailableError.
+    ``say_hello`` is called when a responder says that it does not know us yet; ``get_daemon`` gives the daemon of the
+    moment or raises DaemonUnavailableError.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class StreamPool:
     async def acquire(self, peer: PeerId, *, fresh: bool = False) -> Link:
         """An open stream to ``peer`` for one exchange: an idle one, else a new one; ``fresh`` forbids an idle one.
 
-        Waits for a place when the peer allows no more streams; the caller sets the deadline. Cancelled = nothing is left behind.
+        Waits for a place when the peer allows no more streams; the caller sets the deadline. Cancelled: as before.
 
         Raises:
             PeerUnreachableError, PeerTimeoutError: no stream, or no ACCEPT within 10 s.

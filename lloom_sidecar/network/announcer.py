@@ -26,8 +26,8 @@ from lloom_sidecar.protocol.network_key import NetworkKey
 from lloom_sidecar.protocol.offers import Kind, Load, ModelOffer
 
 FULL_EVERY_S: Final = 600.0
-"""A full announcement is made anew this often, so that the one that hello and catalogues hand on is never older than the
-15 min within which clocks are compared."""
+"""A full announcement is made anew this often, so that the one that hello and catalogues hand on is never older than
+the 15 min within which clocks are compared."""
 TOPIC_POLL_S: Final = 1.0
 MIN_REPEAT_S: Final = 1.0
 """Shortest time between two full announcements that newly seen topic peers cause."""

@@ -1,5 +1,5 @@
-"""Staying connected to validators: dialled with backoff and jitter, greeted, their catalogue read; and dialled again when
-they are lost. Any one of them is enough."""
+"""Staying connected to validators: dialled with backoff and jitter, greeted, their catalogue read; and dialled again
+when they are lost. Any one of them is enough."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ log = structlog.get_logger("lloom.bootstrap")
 class BootstrapObserver(Protocol):
     """What the node wants to know of its validators."""
 
-    def validator_joined(self, peer: PeerId, entries: int) -> None: ...
+    def validator_joined(self, peer: PeerId, entries: int) -> None:
+        """Connected, greeted, and its catalogue of ``entries`` read."""
 
-    def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None: ...
+    def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None:
+        """It could not be joined; ``attempt`` counts from 1 since it was last joined."""
 
-    def bootstrap_complete(self, validators: int, seconds: float) -> None: ...
+    def bootstrap_complete(self, validators: int, seconds: float) -> None:
+        """The first validator was joined, ``seconds`` after the start."""
 
 
 @dataclass(slots=True)
@@ -152,7 +155,7 @@ class Bootstrap:
 
 
 def take_catalogue(intake: Intake, catalogue: Catalogue, source: PeerId) -> None:
-    """Apply every entry: each carries its executor's own signature, so a catalogue can add and never invent or remove."""
+    """Apply every entry. Each carries its executor's own signature: a catalogue can add, never invent or remove."""
     for entry in catalogue.entries:
         age_s = entry.age_ms / 1000
         # The age is that of the newer of the two; the full announcement itself may be older than clocks are compared.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Final, Protocol
 
 import structlog
@@ -23,11 +24,14 @@ log = structlog.get_logger("lloom.connections")
 class ConnectionObserver(Protocol):
     """What the node wants to know of connections."""
 
-    def connected(self, peer: PeerId, addr: Multiaddr) -> None: ...
+    def connected(self, peer: PeerId, addr: Multiaddr) -> None:
+        """A peer has a connection now."""
 
-    def disconnected(self, peer: PeerId) -> None: ...
+    def disconnected(self, peer: PeerId) -> None:
+        """A peer's last connection ended."""
 
-    def polled(self, peers: int) -> None: ...
+    def polled(self, peers: int) -> None:
+        """p2pd was asked; ``peers`` are connected."""
 
 
 class Connections:
@@ -64,10 +68,8 @@ class Connections:
         """Look each second until cancelled."""
         task_status.started()
         while True:
-            try:
+            with suppress(DaemonError):  # the supervisor reports that p2pd is away, and calls lost_all
                 await self.look()
-            except DaemonError:
-                pass  # the supervisor reports that p2pd is away, and calls lost_all
             await trio.sleep(POLL_S)
 
     async def look(self) -> None:

@@ -1,5 +1,5 @@
-"""The DHT: telling it what this node is, and asking it who serves a model. A provider record is only a hint; it leads to
-a hello, and the signed announcement that comes with it is what counts."""
+"""The DHT: telling it what this node is, and asking it who serves a model. A provider record is only a hint; it leads
+to a hello, and the signed announcement that comes with it is what counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Discovery:
         book: PeerBook,
         on_found: Callable[[float], None],
     ) -> None:
-        """``service_keys``: what this node is a provider of now; ``on_found``: seconds that a look-up took to its first hit."""
+        """``service_keys``: what this node is a provider of now; ``on_found``: seconds of a look-up to a hit."""
         self._me = me
         self._service_keys = service_keys
         self._get_daemon = get_daemon
@@ -76,7 +76,7 @@ class Discovery:
                 nursery.start_soon(self._search_now_and_then)
 
     async def look_up(self, model: str, *, timeout_s: float = LOOK_UP_TIMEOUT_S) -> None:
-        """Ask the DHT for executors of ``model`` and greet them; returns at the first that offers it, or at the time-out."""
+        """Ask the DHT for executors of ``model``, greet them; returns at the first that offers it or at time-out."""
         began_at = trio.current_time()
 
         def is_found() -> bool:

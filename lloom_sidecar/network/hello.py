@@ -1,8 +1,8 @@
 """Saying hello: proving to each other that both belong to one network, over ``/lloom/hello/1.0.0``; and, on the same
 stream, reading or serving a catalogue.
 
-The frames and proofs are ``protocol/hello.py``; here are the streams, the deadlines, and the rule that a peer is greeted once
-at a time.
+The frames and proofs are ``protocol/hello.py``; here are the streams, the deadlines, and the rule that a peer is
+greeted once at a time.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class HelloService:
         self._under_way: dict[PeerId, trio.Event] = {}
 
     async def greet(self, peer: PeerId) -> Greeted:
-        """Say hello to a connected (or dialable) peer. One at a time per peer; a second caller waits for the first's outcome
-        and then says its own.
+        """Say hello to a connected (or dialable) peer. One at a time per peer: a second caller waits for the
+        first's end and then says its own.
 
         Raises:
             HelloRefusedError: the peer refused, or is of another network.

@@ -22,9 +22,11 @@ log = structlog.get_logger("lloom.intake")
 class IntakeObserver(Protocol):
     """What the node wants to know of announcements."""
 
-    def announcement_dropped(self, reason: str) -> None: ...
+    def announcement_dropped(self, reason: str) -> None:
+        """One was not believed; ``reason`` is AnnouncementError's."""
 
-    def executor_changed(self, peer: PeerId, change: Change, found_by: str) -> None: ...
+    def executor_changed(self, peer: PeerId, change: Change, found_by: str) -> None:
+        """One was believed and did ``change`` to the book."""
 
 
 class Intake:

@@ -21,7 +21,6 @@ from lloom_sidecar.admin.events import (
     ResponseReceived,
     ValidatorDiscovered,
 )
-from lloom_sidecar.admin.health import HealthConditions
 from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.errors import LloomError
 from lloom_sidecar.executor.serve import ServedReceipt
@@ -53,6 +52,7 @@ class Counts:
     cancelled: int = 0
 
     def end(self, code: str) -> None:
+        """One ended with ``code``."""
         self.in_flight -= 1
         if code == "ok":
             self.served += 1
@@ -70,13 +70,11 @@ class Observer:
         *,
         metrics: Metrics,
         events: EventBus,
-        health: HealthConditions,
         models_of: Callable[[PeerId], tuple[str, ...]],
         keep_receipt: Callable[[ClientReceipt | ServedReceipt], None],
     ) -> None:
         self._metrics = metrics
         self._events = events
-        self._health = health
         self._models_of = models_of
         self._keep_receipt = keep_receipt
         self.client = Counts()
@@ -88,17 +86,21 @@ class Observer:
 
     # ------------------------------------------------------------ connections
     def connected(self, peer: PeerId, addr: Multiaddr) -> None:
+        """A peer has a connection now."""
         self._events.publish(ConnectionEstablished(str(peer), "relayed" if addr.is_relayed else "direct"))
 
     def disconnected(self, peer: PeerId) -> None:
+        """A peer's last connection ended."""
         self.rtt_s.pop(peer, None)
         self._events.publish(ConnectionClosed(str(peer), self._last_error.pop(peer, "unknown")))
 
     # ------------------------------------------------------------ announcements
     def announcement_dropped(self, reason: str) -> None:
+        """An announcement was not believed."""
         self._metrics.announcement_dropped(reason)
 
     def executor_changed(self, peer: PeerId, change: Change, found_by: str) -> None:
+        """An announcement was believed."""
         if change is Change.NEW:
             log.info("executor_discovered", peer=str(peer), source=found_by)
             self._events.publish(ExecutorDiscovered(str(peer), self._models_of(peer), found_by))
@@ -106,25 +108,30 @@ class Observer:
             self.executor_lost(peer, "removal")
 
     def executor_lost(self, peer: PeerId, reason: str) -> None:
+        """An executor is not used any more."""
         log.info("executor_lost", peer=str(peer), reason=reason)
         self._events.publish(ExecutorLost(str(peer), reason))
 
     # ------------------------------------------------------------ validators
     def validator_joined(self, peer: PeerId, entries: int) -> None:
+        """A validator was joined."""
         log.info("validator_joined", peer=str(peer), entries=entries)
         self._events.publish(ValidatorDiscovered(str(peer), "bootstrap"))
 
     def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None:
+        """A validator could not be joined."""
         log.warning("validator_not_joined", peer=str(peer), code=error.code, reason=str(error), attempt=attempt)
         if attempt == 1:
             self._events.publish(NetworkError(error.code, str(error), str(peer)))
 
     def bootstrap_complete(self, validators: int, seconds: float) -> None:
+        """The first validator was joined."""
         log.info("bootstrap_complete", validators=validators, seconds=round(seconds, 3))
         self._metrics.discovery_finished(seconds)
         self._events.publish(BootstrapComplete(validators, validators, round(seconds, 3)))
 
     def hello_refused(self, peer: PeerId, code: str) -> None:
+        """A hello failed, whichever side refused."""
         log.info("hello_refused", peer=str(peer), code=code)
         self._metrics.refused(code)
         self._last_error[peer] = code
@@ -133,6 +140,7 @@ class Observer:
 
     # ------------------------------------------------------------ requests of applications
     def http_started(self) -> None:
+        """A call of an application came in."""
         self.client.in_flight += 1
         self._metrics.request_started("client")
 
@@ -146,6 +154,7 @@ class Observer:
         first_s: float | None,
         attempts: int,
     ) -> None:
+        """It ended."""
         self.client.end(code)
         self._metrics.request_finished("client", code, seconds)
         if first_s is not None:
@@ -154,23 +163,28 @@ class Observer:
             "request_ended",
             request_id=request_id,
             model=model,
-            peer=peer and str(peer),
+            peer=None if peer is None else str(peer),
             code=code,
             seconds=round(seconds, 4),
         )
         self._events.publish(
-            ResponseReceived(request_id, model, "client", peer and str(peer), code, round(seconds, 4), attempts)
+            ResponseReceived(
+                request_id, model, "client", None if peer is None else str(peer), code, round(seconds, 4), attempts
+            )
         )
 
     def http_received(self, request_id: str, model: str) -> None:
+        """Its body was read."""
         self._metrics.message_sent("request")
         self._events.publish(RequestReceived(request_id, model, "client"))
 
     def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
+        """An executor failed at it."""
         log.info("attempt_failed", peer=str(peer), model=model, stage=stage, code=error.code)
         self._metrics.attempt_failed(error.code)
 
     def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
+        """Its answer is complete and verified."""
         kept = ClientReceipt(peer, call, receipt)
         self.receipts[call.request_id.hex()] = kept
         if len(self.receipts) > MAX_RECENT_RECEIPTS:
@@ -179,6 +193,7 @@ class Observer:
 
     # ------------------------------------------------------------ requests of peers
     def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:
+        """A peer's request passed the checks."""
         self.executor.in_flight += 1
         self._metrics.message_received("request")
         self._metrics.request_started("executor")
@@ -194,6 +209,7 @@ class Observer:
         first_s: float | None,
         tokens: int,
     ) -> None:
+        """It ended."""
         self.executor.end(code)
         self._metrics.request_finished("executor", code, seconds)
         if first_s is not None:
@@ -202,7 +218,9 @@ class Observer:
         self._events.publish(ResponseReceived(request_id.hex(), model, "executor", str(peer), code, round(seconds, 4)))
 
     def refused(self, code: str) -> None:
+        """A peer's request was refused."""
         self._metrics.refused(code)
 
     def receipt_made(self, served: ServedReceipt) -> None:
+        """A receipt was signed or countersigned."""
         self._keep_receipt(served)

@@ -21,10 +21,13 @@ from lloom_sidecar.admin.view import (
     SettingInfo,
     Status,
 )
+from lloom_sidecar.config import HostPort
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.launch import FEATURE_STDIN_EOF
 from lloom_sidecar.peers.executors import ExecutorView, LeaseState
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+
+from .daemon import find_p2pd
 
 if TYPE_CHECKING:
     from .node import Node
@@ -86,15 +89,17 @@ class View:
         config = node.config
         now = trio.current_time()
         supervisor = node.supervisor
-        keys = node.keys_file
+        keys = node.control.key_file
         features = sorted(name for flag, name in _SHOWN_FEATURES.items() if flag in supervisor.features)
         until = None
-        if keys is not None and keys.previous is not None and len(node.keys()) > 1:
+        if keys is not None and keys.previous is not None and len(node.control.keys()) > 1:
             until = datetime.fromtimestamp(keys.previous_until_ms / 1000, UTC).isoformat()
         client, executor = node.observer.client, node.observer.executor
         api_address = None
         if node.api_listeners:
-            api_address = f"http://{'localhost' if config.api.host == '0.0.0.0' else config.api.host}:{node.api_listeners[0].port}"  # noqa: S104 - only shown
+            # "Every address" cannot be dialled; what listens there answers on loopback too.
+            host = "127.0.0.1" if config.api.host in ("0.0.0.0", "::") else config.api.host
+            api_address = f"http://{HostPort(host, node.api_listeners[0].port)}"
         return Status(
             peer=str(node.me),
             version=__version__,
@@ -104,7 +109,7 @@ class View:
             home=str(config.home),
             p2pd={
                 "mode": "attached" if config.is_attached else "managed",
-                "path": str(config.p2pd_control) if config.is_attached else str(node.binary),
+                "path": str(config.p2pd_control or find_p2pd(config.p2pd)),
                 "version": supervisor.version,
                 "pid": supervisor.pid,
                 "up": supervisor.daemon is not None,
@@ -118,19 +123,20 @@ class View:
             },
             api={"address": api_address, "ready": bool(node.api_listeners) and not node.is_draining},
             addrs=[str(addr.with_peer(node.me)) for addr in (node.identity.addrs if node.identity else ())],
-            connections=len(node.connections),
-            members=sum(node.book.is_member(peer, now) for peer in node.connections),
-            executors=len(node.book),
-            models=len(node.book.models(now)),
+            connections=len(node.control.connections),
+            members=sum(node.control.book.is_member(peer, now) for peer in node.control.connections),
+            executors=len(node.control.book),
+            models=len(node.control.book.models(now)),
             validators=[
-                {"peer": str(v.peer), "connected": v.peer in node.connections} for v in node.bootstrap.validators
+                {"peer": str(v.peer), "connected": v.peer in node.control.connections}
+                for v in node.control.bootstrap.validators
             ],
             requests={
                 "in_flight": client.in_flight + executor.in_flight,
                 "served": client.served + executor.served,
                 "failed": client.failed + executor.failed,
                 "cancelled": client.cancelled + executor.cancelled,
-                "queued": 0 if node.executor is None else node.executor.admission.queued,
+                "queued": 0 if node.serving is None else node.serving.executor.admission.queued,
             },
             conditions=self.conditions(),
         )
@@ -139,18 +145,20 @@ class View:
         """Every peer that the node knows, connected ones first."""
         node = self._node
         now = trio.current_time()
-        known = {view.peer for view in node.book.snapshot(now)}
-        found = [self._peer(peer) for peer in known | set(node.connections)]
+        known = {view.peer for view in node.control.book.snapshot(now)}
+        found = [self._peer(peer) for peer in known | set(node.control.connections)]
         return sorted(found, key=lambda one: (not one["connected"], one["peer"]))
 
     def _peer(self, peer: PeerId) -> PeerInfo:
         node = self._node
         now = trio.current_time()
-        known = node.book.known(peer, now)
-        addr = node.connections.addr_of(peer)
+        known = node.control.book.known(peer, now)
+        addr = node.control.connections.addr_of(peer)
         addrs = [str(addr)] if addr is not None else []
-        is_validator = any(v.peer == peer for v in node.bootstrap.validators)
-        source = node.intake.found_by.get(peer) or ("bootstrap" if is_validator else "hello" if known else "inbound")
+        is_validator = any(v.peer == peer for v in node.control.bootstrap.validators)
+        source = node.control.intake.found_by.get(peer) or (
+            "bootstrap" if is_validator else "hello" if known else "inbound"
+        )
         rtt_s = node.observer.rtt_s.get(peer)
         return PeerInfo(
             peer=str(peer),
@@ -158,7 +166,7 @@ class View:
             addrs=[*addrs, *(str(a) for a in (known.addrs if known is not None else ()) if a != addr)],
             connected=addr is not None,
             path=self._path(peer),
-            member=node.book.is_member(peer, now) or peer in node.config.allow_peers,
+            member=node.control.book.is_member(peer, now) or peer in node.config.allow_peers,
             state="none" if known is None or known.state is None else _lease(known.state),
             lease_left_s=known.lease_left_s if known is not None and known.state is not None else None,
             software=known.software if known is not None else "",
@@ -167,7 +175,7 @@ class View:
         )
 
     def _path(self, peer: PeerId) -> PathKind:
-        addr = self._node.connections.addr_of(peer)
+        addr = self._node.control.connections.addr_of(peer)
         if addr is None:
             return "none"
         return "relayed" if addr.is_relayed else "direct"
@@ -177,8 +185,8 @@ class View:
         node = self._node
         now = trio.current_time()
         found = []
-        for summary in node.book.models(now):
-            views = node.book.executors_of(summary.id, now)
+        for summary in node.control.book.models(now):
+            views = node.control.book.executors_of(summary.id, now)
             found.append(
                 ModelInfo(
                     id=summary.id,
@@ -214,16 +222,16 @@ class View:
         node = self._node
         now = trio.current_time()
         found: dict[PeerId, ExecutorInfo] = {}
-        for summary in node.book.models(now):
-            for view in node.book.executors_of(summary.id, now):
+        for summary in node.control.book.models(now):
+            for view in node.control.book.executors_of(summary.id, now):
                 peer = view.peer
-                known = node.book.known(peer, now)
+                known = node.control.book.known(peer, now)
                 if peer not in found and known is not None:
                     found[peer] = ExecutorInfo(
                         peer=str(peer),
                         state=_lease(view.state(now)),
                         lease_left_s=known.lease_left_s,
-                        connected=peer in node.connections,
+                        connected=peer in node.control.connections,
                         path=self._path(peer),
                         member=view.is_member,
                         software=view.software,
@@ -283,8 +291,8 @@ class View:
             raise ValueError(f"{addr} does not name its node: add /p2p/<peer id> at its end")
         node = self._node
         await node.daemon().connect(peer, [parsed.without_peer()], timeout_s=CONNECT_TIMEOUT_S)
-        await node.connections.look()
-        await node.hello.greet(peer)
+        await node.control.connections.look()
+        await node.control.hello.greet(peer)
         return self._peer(peer)
 
     async def drain(self) -> None:

@@ -53,10 +53,10 @@ class OutputTail:
         self._partial += piece[:room]
 
     def _end_line(self) -> None:
-        text = self._partial.decode(errors="replace").rstrip()
+        text = self._partial.decode(errors="replace")
         self._partial.clear()
         # A peer's text may end up in p2pd's log, and the log on somebody's terminal.
-        text = "".join(char if char.isprintable() else " " for char in text)
+        text = "".join(char if char.isprintable() else " " for char in text).rstrip()
         if text:
             self.lines.append(text)
 

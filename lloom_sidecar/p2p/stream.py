@@ -143,8 +143,8 @@ class P2PStream:
     def send_nowait(self, data: bytes) -> bool:
         """Hand over all of ``data`` if p2pd takes it without waiting. False = it did not.
 
-        False after a part was taken, or when the stream is closed, leaves the stream closed: the far side holds half a frame.
-        False while another task is sending, or when nothing was taken, leaves it as it was.
+        False after a part was taken, or when the stream is closed, leaves the stream closed: the far side holds half a
+        frame. False while another task is sending, or when nothing was taken, leaves it as it was.
         """
         if self._is_sending:
             return False

@@ -45,7 +45,7 @@ _READY_POLL_S: Final = 0.02
 _TERM_S: Final = 2.0
 """What p2pd gets between SIGTERM and SIGKILL."""
 _WATCH_POLL_S: Final = 5.0
-_HUNG_S: Final = 30.0
+HUNG_S: Final = 30.0
 """A managed p2pd that answers nothing for so long is killed."""
 _ANSWER_S: Final = 10.0
 _MISSING_IN_ROW: Final = 5
@@ -54,6 +54,9 @@ _OUTPUT_GRACE_S: Final = 0.5
 """After p2pd's end, for the rest of its output to arrive."""
 _UMASK: Final = 0o077
 """p2pd makes its control socket with it, so that there is no moment in which another user can connect."""
+
+_BUSY_PORT: Final = ("address already in use", "port is in use")
+"""How a stock p2pd and Lloom's own say it."""
 
 OnUp = Callable[[Daemon, Identity], Awaitable[None]]
 """Awaited at every (re)start, before anybody else learns of it: register handlers, subscribe, dial, announce."""
@@ -77,13 +80,20 @@ class DaemonSupervisor:
         expected_peer: PeerId,
         on_up: OnUp,
         on_down: OnDown,
+        ready_s: float = READY_DEADLINE_S,
+        hung_s: float = HUNG_S,
         rng: random.Random | None = None,
     ) -> None:
-        """Does no IO. ``expected_peer``: the id of the key in ``settings.identity_file``. ``rng``: for the jitter."""
+        """Does no IO. ``expected_peer``: the id of the key in ``settings.identity_file``. ``rng``: for the jitter.
+
+        ``ready_s``: from the start of the process to its answer. ``hung_s``: silence after which it is killed.
+        """
         self._settings = settings
         self._expected_peer = expected_peer
         self._on_up = on_up
         self._on_down = on_down
+        self._ready_s = ready_s
+        self._hung_s = hung_s
         self._rng = rng or random.Random()
         self._features: frozenset[str] = frozenset()
         self._version: str | None = None
@@ -207,7 +217,7 @@ class DaemonSupervisor:
 
     async def _live(self, daemon: Daemon, life: _Life, task_status: trio.TaskStatus[Daemon]) -> None:
         """Runs until p2pd hangs; is cancelled when p2pd ends."""
-        with trio.move_on_after(READY_DEADLINE_S):
+        with trio.move_on_after(self._ready_s):
             life.identity = await self._wait_ready(daemon)
         if life.identity is None:
             return
@@ -224,7 +234,9 @@ class DaemonSupervisor:
             self._has_been_up = True
             task_status.started(daemon)
         _log.info("p2pd_up", pid=self.pid, peer=str(life.identity.peer), stock=self.is_stock)
-        life.hung_reason = await _watch(self.control, self._expected_peer, poll_s=_WATCH_POLL_S, answer_s=_HUNG_S)
+        life.hung_reason = await _watch(
+            self.control, self._expected_peer, poll_s=min(_WATCH_POLL_S, self._hung_s), answer_s=self._hung_s
+        )
         # A closed control connection is how a dying p2pd looks from here: its exit says more.
         await trio.sleep(1)
 
@@ -241,7 +253,7 @@ class DaemonSupervisor:
 
     def _judge(self, life: _Life, failure: Exception | None) -> str:
         """The reason for the end of one life, or the exception that ends the supervisor. Calls ``on_down``."""
-        reason = _explain_end(life, self.last_lines, self._settings)
+        reason = _explain_end(life, self.last_lines, self._settings, self._ready_s)
         if failure is not None and not isinstance(failure, ExceptionGroup):
             reason = str(failure) if not isinstance(failure, DaemonUnavailableError) else reason
         if life.is_announced:
@@ -538,18 +550,18 @@ def _unwrapped(failure: Exception) -> Exception:
     return only if len(leaves) == 1 and isinstance(only, Exception) else failure
 
 
-def _explain_end(life: _Life, lines: Sequence[str], settings: DaemonSettings) -> str:
+def _explain_end(life: _Life, lines: Sequence[str], settings: DaemonSettings, ready_s: float) -> str:
     """One sentence on why p2pd is not there."""
     text = " ".join(lines)
     code = life.exit_code
     if code is None:
         if life.identity is None:
-            return f"p2pd did not answer on its control socket within {READY_DEADLINE_S:g} s"
+            return f"p2pd did not answer on its control socket within {ready_s:g} s"
         return life.hung_reason or "p2pd was ended"
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     if life.identity is not None:
         return f"p2pd {how}"
-    if "address already in use" in text:
+    if any(words in text for words in _BUSY_PORT):
         where = ", ".join(str(addr) for addr in settings.listen)
         return (
             f"p2pd cannot listen at {where}: another program uses the port (perhaps a second node on this machine); "

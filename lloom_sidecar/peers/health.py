@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Final, NamedTuple
 
 from lloom_sidecar.ids import PeerId
@@ -94,7 +95,7 @@ class HealthLimits:
     """Bounds and the budget's range."""
 
     max_records: int = 20_000
-    """Pairs of executor and model; idle ones used longest ago go first."""
+    """Idle pairs of executor and model; the ones used longest ago go first. Busy ones are bounded by their streams."""
     max_models: int = 1_000
     budget_floor_s: float = 0.5
     budget_ceiling_s: float = 60.0
@@ -195,7 +196,8 @@ class _Record:
         estimate_s = self.estimate(now, self.prior_s)
         if self.mean_s is not None:
             self.mean_s = self.usual(now, self.prior_s)
-        self.peak_s = min(MAX_PENALTY_S, max(PENALTY_S, elapsed_s, 2 * estimate_s))
+        penalty_s = min(MAX_PENALTY_S, max(PENALTY_S, elapsed_s, 2 * estimate_s))
+        self.peak_s = max(estimate_s, penalty_s)
         self.at = now
 
     def circuit(self, now: float) -> Circuit:
@@ -271,6 +273,7 @@ class HealthBook:
         self._records: OrderedDict[tuple[PeerId, str], _Record] = OrderedDict()
         self._windows: OrderedDict[str, _Window] = OrderedDict()
         self._turns = 0
+        self._busy = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -286,21 +289,21 @@ class HealthBook:
         record = self._records.get(key)
         if record is None:
             record = self._records[key] = _Record(now)
-        self._records.move_to_end(key)
+        if not record.in_flight:
+            self._busy += 1
         record.prior_s = prior_s
         self._turns += 1
         record.turn = self._turns
         record.in_flight += 1
-        self._forget_idle()
         is_probe = record.circuit(now) is Circuit.HALF_OPEN and not record.is_probing
         record.is_probing = record.is_probing or is_probe
         return Ticket(peer, model, record, started_at=now, is_probe=is_probe)
 
     def _forget_idle(self) -> None:
-        excess = len(self._records) - self._limits.max_records
+        excess = len(self._records) - self._busy - self._limits.max_records
         if excess > 0:
-            idle = [key for key, record in self._records.items() if not record.in_flight]
-            for key in idle[:excess]:
+            idle = (key for key, record in self._records.items() if not record.in_flight)
+            for key in list(islice(idle, excess)):
                 del self._records[key]
 
     def first_byte(self, ticket: Ticket, now: float) -> None:
@@ -331,6 +334,10 @@ class HealthBook:
         ticket.is_ended = True
         record = ticket._record
         record.in_flight -= 1
+        if not record.in_flight:
+            self._busy -= 1
+            self._records.move_to_end((ticket.peer, ticket.model))
+            self._forget_idle()
         is_probe_open = ticket.is_probe and not ticket.has_first_byte
         if is_probe_open:
             record.is_probing = False

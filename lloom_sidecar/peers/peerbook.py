@@ -423,13 +423,11 @@ class PeerBook:
             self._purge(now)
             if len(self._executors) < self._limits.max_executors:
                 return
-        for lower in Rank:
-            if lower.value >= rank.value:
-                break
-            if self._by_rank[lower]:
-                self._drop(next(iter(self._by_rank[lower].values())), now)
-                return
-        raise AnnouncementError("quota", "the peer book is full")
+        occupied = (lower for lower in Rank if lower.value < rank.value and self._by_rank[lower])
+        lowest = next(occupied, None)
+        if lowest is None:
+            raise AnnouncementError("quota", "the peer book is full")
+        self._drop(next(iter(self._by_rank[lowest].values())), now)
 
     # ------------------------------------------------------------ tables
     def _rank(self, executor: Executor) -> None:
@@ -585,9 +583,7 @@ class PeerBook:
         if len(self._hellos) > self._limits.max_hellos:
             self._hellos.popitem(last=False)
         executor = self._executors.get(peer)
-        if executor is None:
-            return
-        if is_member:
+        if executor is not None and is_member:
             self._unrank(executor)
             executor.is_proven = True
             self._rank(executor)

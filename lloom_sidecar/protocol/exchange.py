@@ -416,6 +416,7 @@ class ResponderStream(_Stream):
         self._max_body_bytes = max_body_bytes
         self._body_left = 0
         self._unacked: list[int] = []
+        self._has_begun_answer = False
 
     def accept(self, *, now_ms: int, challenge: bytes, max_streams: int) -> bytes:
         """Say that this stream is served. ``challenge``: 16 random bytes, never used for another stream."""
@@ -436,15 +437,25 @@ class ResponderStream(_Stream):
     def head(self, content_type: str, *, backend_us: int = 0, encoding: int = pb.ENCODING_IDENTITY) -> bytes:
         """What the DATA that follows is, and how long the backend took to begin it."""
         self._demand("head", State.ANSWERING)
+        if self._has_begun_answer:
+            raise LocalProtocolError("head after the answer had begun")
+        self._has_begun_answer = True
         head = pb.Head(content_type=content_type, encoding=encoding, backend_us=min(backend_us, 2**32 - 1))  # type: ignore[arg-type]
         return self._send(pb.Frame(head=head))
 
     def data(self, data: bytes) -> bytes:
         """Bytes of the answer, in as many frames as they need."""
         self._demand("data", State.ANSWERING)
+        self._has_begun_answer = True
         if len(data) <= MAX_DATA_BYTES:
             return _bytes_frame(_TAG_DATA, data)
         return b"".join(_bytes_frames(_TAG_DATA, data))
+
+    def checkpoint(self, envelope: bytes) -> bytes:
+        """A receipt for the DATA so far; ``envelope`` is of kind checkpoint."""
+        self._demand("checkpoint", State.ANSWERING)
+        self._has_begun_answer = True
+        return self._send(pb.Frame(checkpoint=pb.Checkpoint(envelope=envelope)))
 
     def end(self, receipt: bytes) -> bytes:
         """The answer is complete; ``receipt`` is an envelope of kind receipt."""
@@ -501,6 +512,7 @@ class ResponderStream(_Stream):
                     f"a body of {request.body_length} bytes; this node takes {self._max_body_bytes}", code="oversize"
                 )
             self.exchange += 1
+            self._has_begun_answer = False
             self._body_left = request.body_length
             self.state = State.BODY if self._body_left else State.ANSWERING
             return RequestReceived(self.exchange, request.envelope, request.salt, request.body_length, request.encoding)

@@ -1,0 +1,78 @@
+"""Which p2pd this node uses, and how it is started."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Final
+
+from lloom_sidecar import __version__
+from lloom_sidecar.config import Config
+from lloom_sidecar.errors import StartError
+from lloom_sidecar.ids import PeerId
+from lloom_sidecar.p2p.launch import STOCK_MAX_STREAMS, DaemonSettings
+from lloom_sidecar.p2p.supervisor import AttachedDaemon, DaemonSupervisor, OnDown, OnUp
+from lloom_sidecar.protocol.names import IDENTIFY_PROTOCOL_VERSION, agent_version
+
+MAX_STREAMS: Final = 1024
+"""Streams of one peer that our p2pd's limits leave room for."""
+CONNECTIONS_LOW: Final = 400
+CONNECTIONS_HIGH: Final = 600
+"""libp2p trims at 192 connections unless told otherwise, which a validator of a larger network is above."""
+
+_PACKAGED: Final = Path(__file__).parent.parent / "_bin" / "p2pd"
+
+Supervisor = DaemonSupervisor | AttachedDaemon
+
+
+def find_p2pd(configured: Path | None) -> Path:
+    """The configured one, else the one inside this package, else PATH's.
+
+    Raises StartError, one sentence, when there is none.
+    """
+    if configured is not None:
+        return configured
+    if _PACKAGED.is_file() and os.access(_PACKAGED, os.X_OK):
+        return _PACKAGED
+    found = shutil.which("p2pd")
+    if found is None:
+        raise StartError(
+            f"there is no p2pd: {_PACKAGED} does not exist and PATH has none; install the package again with "
+            "`pip install .`, or name one with --p2pd PATH"
+        )
+    return Path(found)
+
+
+def make_supervisor(config: Config, me: PeerId, *, on_up: OnUp, on_down: OnDown, rng: random.Random) -> Supervisor:
+    """Managed or attached, as configured. Raises StartError when there is no p2pd to start."""
+    if config.p2pd_control is not None:
+        return AttachedDaemon(config.p2pd_control, expected_peer=me, on_up=on_up, on_down=on_down)
+    settings = DaemonSettings(
+        binary=find_p2pd(config.p2pd),
+        run_dir=config.run_dir,
+        identity_file=config.identity_file,
+        listen=config.listen,
+        announce=config.announce_addrs,
+        dht_mode="server" if config.is_dht_server else "client",
+        heartbeat_s=config.heartbeat_s,
+        user_agent=agent_version(__version__),
+        protocol_version=IDENTIFY_PROTOCOL_VERSION,
+        connmgr_lo=CONNECTIONS_LOW,
+        connmgr_hi=CONNECTIONS_HIGH,
+        relay_service=config.is_validator,
+        static_relays=() if config.is_validator else config.bootstrap,
+        autonat=config.is_validator,
+    )
+    return DaemonSupervisor(settings, expected_peer=me, on_up=on_up, on_down=on_down, rng=rng)
+
+
+def max_streams(supervisor: Supervisor) -> int:
+    """Streams of one peer that this node's p2pd can hold. Nothing is known of an attached one: it counts as stock."""
+    return STOCK_MAX_STREAMS if is_stock(supervisor) else MAX_STREAMS
+
+
+def is_stock(supervisor: Supervisor) -> bool:
+    """True when p2pd may be an unmodified one, with its lower limits."""
+    return not isinstance(supervisor, DaemonSupervisor) or supervisor.is_stock

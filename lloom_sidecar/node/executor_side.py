@@ -1,0 +1,180 @@
+"""What an executor node has more than others: a backend, the service in front of it, and something to announce."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from lloom_sidecar import __version__
+from lloom_sidecar.config import BUILTIN_MODEL, Config, read_secret_lines
+from lloom_sidecar.executor.admission import Admission
+from lloom_sidecar.executor.backend import Backend, BackendState
+from lloom_sidecar.executor.body import BodyPolicy
+from lloom_sidecar.executor.local_model import run_local_model
+from lloom_sidecar.executor.model_fetch import ensure_builtin_model, terminal_progress
+from lloom_sidecar.executor.serve import Executor, ExecutorLimits, ExecutorObserver
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.network.announcer import Announcer, Offer
+from lloom_sidecar.p2p.daemon import Daemon
+from lloom_sidecar.protocol.envelope import Signer
+from lloom_sidecar.protocol.names import SERVICE_EXECUTOR, agent_version, service_model
+from lloom_sidecar.protocol.network_key import NetworkKey
+from lloom_sidecar.protocol.offers import Load
+
+from .receipts import now_ms
+
+BUILTIN_MODEL_ID: Final = "smollm2:135m"
+LOCAL_MODEL_SLOTS: Final = 4
+"""Requests that the embedded model works on at once, unless configured."""
+LOCAL_MODEL_FEATURES: Final = frozenset({"chat", "completions", "embeddings"})
+WITHDRAW_TIMEOUT_S: Final = 2.0
+"""For the removal to go out before a node ends."""
+
+log = structlog.get_logger("lloom.executor")
+
+
+class ExecutorSide:
+    """Backend, executor and announcer of one node."""
+
+    def __init__(
+        self,
+        config: Config,
+        signer: Signer,
+        *,
+        max_streams: Callable[[], int],
+        may_ask: Callable[[PeerId], bool],
+        key: Callable[[], NetworkKey | None],
+        addrs: Callable[[], tuple[Multiaddr, ...]],
+        executors_seen: Callable[[], int],
+        get_daemon: Callable[[], Daemon],
+        next_sequence: Callable[[int], Awaitable[int]],
+        on_backend: Callable[[BackendState], None],
+        on_published: Callable[[], None],
+        observer: ExecutorObserver,
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._on_backend = on_backend
+        self._announcing = trio.CancelScope()
+        self._withdrawn = trio.Event()
+        self.backend = self._make_backend()
+        slots = config.slots or self.backend.state.slots
+        self.executor = Executor(
+            signer=signer,
+            backend=self.backend,
+            admission=Admission(slots=slots, queue_limit=config.queue_limit, max_per_peer=slots + config.queue_limit),
+            policy=BodyPolicy(
+                max_tokens=config.max_tokens_limit,
+                default_max_tokens=config.max_tokens_default,
+                max_n=config.max_choices,
+                allow_remote_media=config.allow_remote_media,
+            ),
+            limits=ExecutorLimits(max_body_bytes=config.max_body_bytes),
+            max_streams=max_streams,
+            price=config.price,
+            may_ask=may_ask,
+            observer=observer,
+            now_ms=now_ms,
+        )
+        self.announcer = Announcer(
+            signer=signer,
+            key=key,
+            offer=self._offer,
+            addrs=addrs,
+            executors_seen=executors_seen,
+            get_daemon=get_daemon,
+            next_sequence=next_sequence,
+            now_ms=now_ms,
+            software=agent_version(__version__),
+            on_published=on_published,
+            rng=rng,
+        )
+
+    def _make_backend(self) -> Backend:
+        config = self._config
+        if config.model is not None:
+            return Backend(
+                f"unix:{self._model_socket}",
+                on_change=self._backend_changed,
+                slots=config.slots,
+                features=LOCAL_MODEL_FEATURES,
+            )
+        assert config.backend is not None  # an executor has one of the two: config.py checked it
+        key = read_secret_lines(config.backend_key_file)[0] if config.backend_key_file is not None else None
+        return Backend(
+            config.backend,
+            on_change=self._backend_changed,
+            slots=config.slots,
+            api_key=key,
+            only_alias=config.model_alias,
+        )
+
+    @property
+    def _model_socket(self) -> Path:
+        return self._config.run_dir / "model.sock"
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Start the embedded model if it is wanted, and watch the backend. Raises StartError."""
+        if self._config.model is not None:
+            await self._start_local_model(nursery, self._config.model)
+        await nursery.start(self.backend.run)
+
+    async def announce(self) -> None:
+        """Announce until ``withdraw`` or cancelled."""
+        try:
+            with self._announcing:
+                await self.announcer.run()
+        finally:
+            self._withdrawn.set()
+
+    async def withdraw(self) -> None:
+        """Take no further request, and tell the network so; returns when it was told, or after 2 s."""
+        self.executor.drain()
+        self._announcing.cancel()
+        with trio.move_on_after(WITHDRAW_TIMEOUT_S):
+            await self._withdrawn.wait()
+
+    def service_keys(self) -> list[str]:
+        """What this node is a provider of now: nothing while its backend is down."""
+        offers = self.executor.offers()
+        return [SERVICE_EXECUTOR, *(service_model(offer.id) for offer in offers)] if offers else []
+
+    def _offer(self) -> Offer:
+        admission = self.executor.admission
+        return Offer(self.executor.offers(), Load(admission.working, admission.queued))
+
+    def _backend_changed(self, state: BackendState) -> None:
+        if self.executor.admission.slots != state.slots:
+            self.executor.resize(state.slots)
+        self.announcer.changed()
+        self._on_backend(state)
+
+    async def _start_local_model(self, nursery: trio.Nursery, model: str) -> None:
+        if model == BUILTIN_MODEL:
+            with terminal_progress() as progress:
+                path = await ensure_builtin_model(progress=progress)
+            alias = self._config.model_alias or BUILTIN_MODEL_ID
+        else:
+            path = Path(model)
+            alias = self._config.model_alias or path.stem
+
+        def on_state(is_up: bool, reason: str) -> None:
+            if not is_up:
+                log.warning("local_model_down", reason=reason)
+            self.backend.suspect()
+
+        await nursery.start(
+            lambda task_status: run_local_model(
+                path,
+                alias=alias,
+                socket_path=self._model_socket,
+                parallel=self._config.slots or LOCAL_MODEL_SLOTS,
+                on_state=on_state,
+                task_status=task_status,
+            )
+        )

@@ -1,0 +1,87 @@
+"""The node's HTTP listeners: opened before anything else, so that a busy port is found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from lloom_sidecar.config import Config
+from lloom_sidecar.errors import StartError
+from lloom_sidecar.http.errors import ListenError
+from lloom_sidecar.http.guard import OriginGuard, Refusal
+from lloom_sidecar.http.limits import HttpLimits
+from lloom_sidecar.http.listeners import Listener, open_tcp_listeners, open_unix_listener
+from lloom_sidecar.http.server import Request, Response, serve
+
+Handler = Callable[[Request, Response], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Listeners:
+    """What is open; an empty list = that service is not wanted."""
+
+    api: list[Listener] = field(default_factory=list)
+    probe: list[Listener] = field(default_factory=list)
+    admin: list[Listener] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close them all."""
+        for listener in (*self.api, *self.probe, *self.admin):
+            listener.close()
+
+
+async def open_listeners(config: Config) -> Listeners:
+    """Open what the configuration wants.
+
+    Raises StartError, one sentence, when an address is busy or cannot be used; nothing stays open then.
+    """
+    opened = Listeners()
+    flag = "--api"
+    try:
+        if config.is_client:
+            opened.api = await open_tcp_listeners(config.api.host, config.api.port)
+        flag = "--probe"
+        if config.probe is not None:
+            opened.probe = await open_tcp_listeners(config.probe.host, config.probe.port)
+        flag = "--home"
+        opened.admin = [open_unix_listener(str(config.admin_socket))]
+    except BaseException as exc:
+        opened.close()
+        if isinstance(exc, ListenError):
+            raise StartError(f"{exc}: end whoever listens there, or choose another with {flag}") from exc
+        raise
+    return opened
+
+
+async def serve_admin(listeners: list[Listener], handler: Handler) -> None:
+    """Serve the admin API or the probes until cancelled: they answer while the node drains."""
+    if listeners:
+        await serve(listeners, handler)
+
+
+async def serve_api(
+    listeners: list[Listener],
+    handler: Handler,
+    config: Config,
+    on_refused: Callable[[str], None],
+    shutdown: trio.Event,
+) -> None:
+    """Serve the OpenAI API until ``shutdown``; requests under way then have the grace time."""
+    guard = OriginGuard(config.allowed_hosts, config.allowed_origins, check_host=config.api_key_file is None)
+
+    def check(request: Request) -> Refusal | None:
+        refusal = guard.check(request)
+        if refusal is not None:
+            on_refused(refusal.code)
+        return refusal
+
+    await serve(
+        listeners,
+        handler,
+        limits=HttpLimits(max_body_bytes=config.max_body_bytes),
+        guard=check,
+        shutdown=shutdown,
+        grace_s=config.grace_s,
+    )

@@ -1,0 +1,190 @@
+"""An OpenAI-compatible server whose answers are known, with the faults that a test asks for. Standard library only.
+
+The last user message is the script: ``chunks=50 delay_ms=10`` and so on; what is not given has a default.
+
+    chunks=N     pieces of text, each " w<i>"              (5)
+    delay_ms=N   pause before each piece                    (0)
+    first_ms=N   pause before the first                     (0)
+    status=N     answer with this status and an error body
+    cut=N        close the connection after N pieces
+    garbage=N    send something that is no JSON after N pieces
+    error=N      send an error event after N pieces
+    silent=1     accept the request and never answer
+
+``GET /_requests`` tells what came and how each request ended, with times: ``complete``, ``gone`` (the requester left),
+``cut``. ``POST /_models`` with a JSON list changes the models; ``POST /_status`` with a number makes /v1/models fail.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+LOG: list[dict[str, Any]] = []
+STATE: dict[str, Any] = {"models": ["scripted"], "status": 200}
+LOCK = threading.Lock()
+
+
+def script_of(body: dict[str, Any]) -> dict[str, int]:
+    """The directives in a request."""
+    if "messages" in body:
+        text = next((m["content"] for m in reversed(body["messages"]) if m.get("role") == "user"), "")
+    else:
+        text = body.get("prompt") or body.get("input") or ""
+    text = text if isinstance(text, str) else json.dumps(text)
+    found = (part.partition("=") for part in text.split())
+    return {key: int(value) for key, mark, value in found if mark and value.lstrip("-").isdigit()}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Silent."""
+
+    def do_GET(self) -> None:  # noqa: N802
+        """Models and the log."""
+        if self.path == "/v1/models":
+            if STATE["status"] != 200:
+                self._json(STATE["status"], {"error": {"message": "scripted"}})
+            else:
+                data = [{"id": m, "object": "model", "max_model_len": 4096} for m in STATE["models"]]
+                self._json(200, {"object": "list", "data": data})
+        elif self.path == "/_requests":
+            with LOCK:
+                self._json(200, LOG)
+        else:
+            self._json(404, {"error": {"message": "not found"}})
+
+    def do_POST(self) -> None:  # noqa: N802
+        """A call, or a change of the script's state."""
+        raw = self.rfile.read(int(self.headers.get("content-length", 0)))
+        body = json.loads(raw)
+        if self.path == "/_models":
+            STATE["models"] = body
+            self._json(200, {})
+            return
+        if self.path == "/_status":
+            STATE["status"] = body
+            self._json(200, {})
+            return
+        entry = {"path": self.path, "body": body, "began_at": time.time(), "ended_at": None, "outcome": None, "sent": 0}
+        with LOCK:
+            LOG.append(entry)
+        try:
+            entry["outcome"] = self._answer(body, script_of(body), entry)
+        except (BrokenPipeError, ConnectionResetError):
+            entry["outcome"] = "gone"
+        finally:
+            entry["ended_at"] = time.time()
+        if entry["outcome"] != "complete":
+            self.close_connection = True
+
+    def _answer(self, body: dict[str, Any], script: dict[str, int], entry: dict[str, Any]) -> str:
+        if "status" in script:
+            self._json(script["status"], {"error": {"message": "scripted refusal", "type": "x", "code": script["status"]}})
+            return "complete"
+        if script.get("silent"):
+            self._pause(3600)
+            return "gone" if self._is_gone() else "complete"
+        if self.path == "/v1/embeddings":
+            data = [{"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}]
+            usage = {"prompt_tokens": 2, "total_tokens": 2}
+            self._json(200, {"object": "list", "model": body["model"], "data": data, "usage": usage})
+            return "complete"
+        return self._stream(body, script, entry)
+
+    def _stream(self, body: dict[str, Any], script: dict[str, int], entry: dict[str, Any]) -> str:
+        is_chat = self.path == "/v1/chat/completions"
+        chunks = script.get("chunks", 5)
+        top = {"id": "c-1", "created": 1, "model": body["model"], "system_fingerprint": "fp"}
+        top["object"] = "chat.completion.chunk" if is_chat else "text_completion"
+        if not body.get("stream"):
+            text = "".join(f" w{i}" for i in range(chunks))
+            message = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+            self._json(200, {**top, "choices": [{"index": 0, **message, "finish_reason": "stop"}]})
+            return "complete"
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        if self._pause(script.get("first_ms", 0) / 1000):
+            return "gone"
+        for i in range(chunks):
+            if script.get("cut") == i:
+                return "cut"
+            if script.get("garbage") == i:
+                self._chunk(b"data: {this is not json\n\n")
+            if script.get("error") == i:
+                self._chunk(b'data: {"error":{"message":"scripted failure","code":500}}\n\n')
+            if self._pause(script.get("delay_ms", 0) / 1000):
+                return "gone"
+            piece = {"delta": {"content": f" w{i}"}} if is_chat else {"text": f" w{i}"}
+            self._event({**top, "choices": [{"index": 0, **piece, "finish_reason": None}]})
+            entry["sent"] = i + 1
+        last: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
+        self._event({**top, "choices": [{"index": 0, **last, "finish_reason": "stop"}]})
+        if (body.get("stream_options") or {}).get("include_usage"):
+            usage = {"prompt_tokens": 3, "completion_tokens": chunks, "total_tokens": 3 + chunks}
+            self._event({**top, "choices": [], "usage": usage})
+        self._chunk(b"data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+        return "complete"
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; True when the requester left meanwhile."""
+        if seconds <= 0:
+            return self._is_gone()
+        readable, _, _ = select.select([self.connection], [], [], seconds)
+        return bool(readable) and self._is_gone()
+
+    def _is_gone(self) -> bool:
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        try:
+            return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            return True
+
+    def _event(self, document: dict[str, Any]) -> None:
+        self._chunk(b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def _json(self, status: int, document: Any) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(ThreadingHTTPServer):
+    """Many at once, and quiet about those who leave."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent."""
+
+
+def main() -> None:
+    """Serve on the port in argv (0 = any) until standard input ends; prints the port."""
+    server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
+    print(server.server_address[1], flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
