@@ -143,6 +143,8 @@ class _Job:
     """Fixed when the REQUEST was taken."""
     body: list[bytes] = field(default_factory=list)
     first_at_ms: int = 0
+    is_ended: bool = False
+    """The observer was told of its end."""
 
 
 class Executor:
@@ -278,7 +280,8 @@ class _Session:
                 await self._read()
             finally:
                 nursery.cancel_scope.cancel()
-                self._drop_job()
+                if self._job is not None:
+                    self._drop_job(self._job)
 
     def go_away(self, reason: str) -> None:
         """Say GOAWAY; what is under way goes on, an idle stream ends when the requester closes it."""
@@ -446,7 +449,7 @@ class _Session:
             except DaemonError:
                 self._cancel()  # the requester's side of the stream is gone
             finally:
-                self._drop_job()
+                self._drop_job(job)
             if self._executor.is_draining:
                 self._deadline_after_goaway()
 
@@ -479,8 +482,16 @@ class _Session:
         finally:
             if job.first_at_ms:
                 first_s = (job.first_at_ms - job.accepted_at_ms) / 1000
-            seconds = trio.current_time() - job.accepted_at
-            executor.observer.request_ended(self._peer, claims.request_id, claims.model, code, seconds, first_s, tokens)
+            self._note_end(job, code, first_s, tokens)
+
+    def _note_end(self, job: _Job, code: str, first_s: float | None = None, tokens: int = 0) -> None:
+        """Exactly one for each ``request_received``."""
+        job.is_ended = True
+        claims = job.request.claims
+        seconds = trio.current_time() - job.accepted_at
+        self._executor.observer.request_ended(
+            self._peer, claims.request_id, claims.model, code, seconds, first_s, tokens
+        )
 
     async def _answer(self, job: _Job) -> int:
         executor = self._executor
@@ -619,11 +630,13 @@ class _Session:
         finally:
             self._is_sending = False
 
-    def _drop_job(self) -> None:
-        job, self._job = self._job, None
-        if job is not None:
-            self._executor.buffered_bytes -= job.body_length
-            self._executor.leave(job.ticket)
+    def _drop_job(self, job: _Job) -> None:
+        """Give back what the job held. Idempotent; the next one may have come already, behind this one's END."""
+        if self._job is job:
+            self._job = None
+        self._executor.buffered_bytes -= job.body_length
+        job.body_length = 0
+        self._executor.leave(job.ticket)
 
     def _cancel(self) -> None:
         if self._scope is not None:

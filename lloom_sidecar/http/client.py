@@ -37,6 +37,7 @@ from lloom_sidecar.http.heads import (
     ResponseHead,
     encode_fields,
     parse_response_head,
+    wire_name,
 )
 from lloom_sidecar.http.limits import READ_BYTES, ClientLimits
 from lloom_sidecar.http.wire import Phase, Sweeper, Wire, WireClosedError
@@ -399,7 +400,7 @@ class ClientResponse:
 
     def header(self, name: str) -> str | None:
         """A header's value, several joined by ``, ``; None when there is none. ``name`` without regard to case."""
-        value = self._by_name.get(name.lower().encode("latin-1", "replace"))
+        value = self._by_name.get(wire_name(name))
         return None if value is None else value.decode("latin-1")
 
     async def receive_some(self) -> bytes:

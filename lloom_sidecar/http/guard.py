@@ -12,9 +12,12 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol
 
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]*))?")
+MAX_HOST_CHARS: Final = 300
+"""Longest Host that is looked at. Source: RFC 1035 section 2.3.4, 255 octets for a name, with a port and brackets."""
 _METHODS_WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -53,6 +56,7 @@ class RequestLike(Protocol):
         ...
 
 
+@lru_cache(maxsize=64)
 def is_loopback_name(name: str) -> bool:
     """Whether ``name`` (without port; IPv6 in brackets) is localhost, in 127.0.0.0/8, or [::1]."""
     if name.lower() == "localhost" or name == "[::1]":
@@ -111,6 +115,8 @@ class OriginGuard:
         return None
 
     def _is_allowed_host(self, host: str) -> bool:
+        if len(host) > MAX_HOST_CHARS:
+            return False
         match = _HOST.fullmatch(host)
         if match is None:
             return False

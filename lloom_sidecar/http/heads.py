@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -268,6 +269,12 @@ def parse_response_head(head: bytes, max_headers: int, *, head_only: bool) -> Re
     elif content_length == UNTIL_CLOSE and keep_alive:
         raise BadResponseError("The answer has no length, and does not say that the connection closes behind it.")
     return ResponseHead(status, keep_alive, content_length, headers, index)
+
+
+@lru_cache(maxsize=256)
+def wire_name(name: str) -> bytes:
+    """A header's name as ``by_name`` has it. Names come from code, so the cache holds all of them."""
+    return name.lower().encode("latin-1", "replace")
 
 
 def are_clean_fields(block: bytes) -> bool:

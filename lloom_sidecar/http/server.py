@@ -37,6 +37,7 @@ from lloom_sidecar.http.heads import (
     early_fault,
     encode_fields,
     parse_request_head,
+    wire_name,
 )
 from lloom_sidecar.http.limits import READ_BYTES, HttpLimits
 from lloom_sidecar.http.listeners import Listener
@@ -154,7 +155,7 @@ class Request:
 
     def header(self, name: str) -> str | None:
         """A header's value, several joined by ``, ``; None when there is none. ``name`` without regard to case."""
-        value = self.by_name.get(name.lower().encode("latin-1", "replace"))
+        value = self.by_name.get(wire_name(name))
         return None if value is None else value.decode("latin-1")
 
     async def body(self) -> bytes:

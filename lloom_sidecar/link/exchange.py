@@ -190,7 +190,7 @@ async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Ca
     if exchange.receipt is None:
         pool.discard(link)
         return
-    ack = link.machine.ack(link.machine.exchange, exchange.receipt.ack)
+    ack = link.machine.ack(exchange.receipt.exchange, exchange.receipt.ack)
     if link.stream.send_nowait(ack):
         pool.release(link)
     else:

@@ -21,6 +21,7 @@ import trio
 from lloom_sidecar.errors import (
     DaemonError,
     LloomError,
+    PeerBusyError,
     PeerTimeoutError,
     PeerUnreachableError,
     RefusedError,
@@ -29,7 +30,7 @@ from lloom_sidecar.errors import (
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.stream import P2PStream
-from lloom_sidecar.protocol.exchange import Accepted, ErrorReceived, GoAwayReceived, RequesterStream
+from lloom_sidecar.protocol.exchange import Accepted, ErrorReceived, PongReceived, RequesterStream
 from lloom_sidecar.protocol.names import PROTOCOL_REQUEST
 
 ACCEPT_TIMEOUT_S: Final = 10.0
@@ -202,8 +203,9 @@ class StreamPool:
             RefusedError: the far sidecar refused the stream.
             DaemonUnavailableError: p2pd does not answer.
         """
-        streams = self._peers.setdefault(peer, _PeerStreams())
         while True:
+            # Asked anew after each wait: the sweep forgets a peer without streams.
+            streams = self._peers.setdefault(peer, _PeerStreams())
             if not fresh:
                 link = self._take_idle(streams)
                 if link is not None:
@@ -230,8 +232,10 @@ class StreamPool:
             streams.open_count -= 1
             self._wake(streams)
             raise
-        streams.max_streams = max(1, link.accepted.max_streams or STOCK_MAX_STREAMS)
         self._in_use.add(link)
+        streams.max_streams = max(1, link.accepted.max_streams or STOCK_MAX_STREAMS)
+        for _ in range(streams.max_streams - streams.open_count):
+            self._wake(streams)  # the cap may be higher than what was assumed
         return link
 
     def release(self, link: Link) -> None:
@@ -274,7 +278,7 @@ class StreamPool:
                 return False
             if waiting:
                 events = link.machine.receive(waiting)
-                return all(isinstance(e, GoAwayReceived) for e in events) and not link.machine.is_draining
+                return all(isinstance(e, PongReceived) for e in events) and not link.machine.is_draining
         except LloomError:
             return False
         return not link.stream.closed
@@ -304,6 +308,8 @@ class StreamPool:
                     for event in machine.receive(data):
                         if isinstance(event, ErrorReceived):
                             raise event.error
+                        if machine.is_draining:
+                            raise PeerBusyError(f"{peer.short()} is shutting down", code="draining")
                         if isinstance(event, Accepted):
                             link = Link(peer, stream, machine)
                             link.rtt_s = time.monotonic() - asked_at

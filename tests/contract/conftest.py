@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import trio
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.inbound import Handler, OnInboundError, serve_inbound
-from tests.contract.binaries import RealNode, find_ours, find_upstream, short_dir
+from tests.contract.binaries import RealNode, find_ours, find_upstream, free_port, short_dir
 from tests.fakes.fake_p2pd import FakeP2pd, FakeSwarm
 
 __all__ = ["short_dir"]
@@ -97,13 +96,6 @@ def real_nodes(kind: str) -> Iterator[list[RealNode]]:
     finally:
         for node in nodes:
             node.stop()
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody has now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
 ``python tests/golden/golden_vectors.py go-input`` prints what ``tests/golden/go/cmd/golden`` reads, which makes
 ``envelopes_go.json``::
 
-    python tests/golden/golden_vectors.py go-input | (cd tests/golden/go && go run ./cmd/golden) > envelopes_go.json
+    python tests/golden/golden_vectors.py go-input | (cd tests/golden/go && go run ./cmd/golden) > \\
+        tests/golden/envelopes_go.json
 
 All bytes are lower-case hex; messages are in protobuf's JSON form with the names of lloom.proto. The keys protect
 nothing: Ed25519 seeds 00..1f (executor) and 20..3f (client), network keys of 32 bytes 4e and 4f.

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +26,16 @@ from lloom_sidecar.p2p.inbound import serve_inbound
 from lloom_sidecar.p2p.leftover import start_time
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.p2p.supervisor import AttachedDaemon, DaemonSettings, DaemonSupervisor, probe_features
-from tests.contract.binaries import Key, RealNode, make_key, p2pd_ours, p2pd_upstream, settings_for, short_dir
+from tests.contract.binaries import (
+    Key,
+    RealNode,
+    free_port,
+    make_key,
+    p2pd_ours,
+    p2pd_upstream,
+    settings_for,
+    short_dir,
+)
 from tests.fakes.fake_p2pd import FakeP2pd, FakeSwarm
 
 __all__ = ["p2pd_ours", "p2pd_upstream", "short_dir"]
@@ -71,6 +80,14 @@ def owner() -> Owner:
     return Owner()
 
 
+@pytest.fixture
+def neighbour(p2pd_ours: Path) -> Iterator[RealNode]:
+    """Another node, its control socket on TCP."""
+    node = RealNode(p2pd_ours, control=f"/ip4/127.0.0.1/tcp/{free_port()}")
+    yield node
+    node.stop()
+
+
 def supervisor(settings: DaemonSettings, key: Key, owner: Owner) -> DaemonSupervisor:
     return DaemonSupervisor(settings, expected_peer=key.peer, on_up=owner.on_up, on_down=owner.on_down)
 
@@ -84,7 +101,7 @@ def is_alive(pid: int) -> bool:
 
 async def until_gone(pid: int) -> None:
     with trio.fail_after(10):
-        while is_alive(pid):  # noqa: ASYNC110
+        while is_alive(pid):
             await trio.sleep(0.01)
 
 
@@ -111,9 +128,8 @@ class TestManaged:
     ) -> None:
         settings = settings_for(binary_of(which, request), short_dir, key)
         managed = supervisor(settings, key, owner)
-        assert managed.daemon is None
         async with trio.open_nursery() as nursery:
-            daemon = await nursery.start(managed.run)
+            daemon: Daemon = await nursery.start(managed.run)
             assert managed.daemon is daemon
             assert owner.ups == [managed.identity]
             assert (await daemon.identify()).peer == key.peer
@@ -137,11 +153,16 @@ class TestManaged:
 
     @both
     async def test_killed_daemon_comes_back_with_its_handlers(
-        self, which: str, request: pytest.FixtureRequest, short_dir: Path, key: Key, owner: Owner
+        self,
+        which: str,
+        request: pytest.FixtureRequest,
+        short_dir: Path,
+        key: Key,
+        owner: Owner,
+        neighbour: RealNode,
     ) -> None:
         managed = supervisor(settings_for(binary_of(which, request), short_dir, key), key, owner)
-        other = RealNode(binary_of("ours", request))
-        far = Daemon(other.control)
+        far = Daemon(neighbour.control)
 
         async def answer(stream: P2PStream) -> None:
             await stream.send_all(b"hello")
@@ -159,7 +180,7 @@ class TestManaged:
                     await daemon.register_handler("/t", address)
 
                 owner.then = register
-                first = await nursery.start(managed.run)
+                first: Daemon = await nursery.start(managed.run)
                 for life in (1, 2):
                     identity = owner.ups[-1]
                     await far.disconnect(key.peer)
@@ -181,14 +202,34 @@ class TestManaged:
                 nursery.cancel_scope.cancel()
         finally:
             far.close()
-            other.stop()
+
+    @both
+    async def test_a_daemon_that_hangs_is_replaced(
+        self, which: str, request: pytest.FixtureRequest, short_dir: Path, key: Key, owner: Owner
+    ) -> None:
+        managed = DaemonSupervisor(
+            settings_for(binary_of(which, request), short_dir, key),
+            expected_peer=key.peer,
+            on_up=owner.on_up,
+            on_down=owner.on_down,
+            hung_s=0.5,
+        )
+        async with trio.open_nursery() as nursery:
+            await nursery.start(managed.run)
+            pid = managed.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            await owner.until(ups=2, downs=1)
+            assert "did not answer within 0.5 s" in owner.downs[0]
+            assert not is_alive(pid)
+            nursery.cancel_scope.cancel()
 
     async def test_subscriptions_end_with_the_daemon(
         self, p2pd_ours: Path, short_dir: Path, key: Key, owner: Owner
     ) -> None:
         managed = supervisor(settings_for(p2pd_ours, short_dir, key), key, owner)
         async with trio.open_nursery() as nursery:
-            daemon = await nursery.start(managed.run)
+            daemon: Daemon = await nursery.start(managed.run)
             async with daemon.subscribe("t") as subscription:
                 assert managed.pid is not None
                 os.kill(managed.pid, signal.SIGKILL)
@@ -254,6 +295,25 @@ class TestStartFailures:
             "p2pd's last lines:\n  first\n  the disk is on fire"
         )
         assert error.details["last_lines"] == ["first", "the disk is on fire"]
+
+    async def test_a_binary_that_never_answers(self, p2pd_ours: Path, short_dir: Path, key: Key, owner: Owner) -> None:
+        script = short_dir / "p2pd"
+        script.write_text(
+            f'#!/bin/sh\ncase "$1" in -help|-version) exec {p2pd_ours} "$1";; esac\necho thinking; exec sleep 60\n'
+        )
+        script.chmod(0o755)
+        managed = DaemonSupervisor(
+            settings_for(script, short_dir, key),
+            expected_peer=key.peer,
+            on_up=owner.on_up,
+            on_down=owner.on_down,
+            ready_s=0.3,
+        )
+        with trio.fail_after(20), pytest.raises(StartError) as caught:
+            await managed.run()
+        assert caught.value.message == (
+            "p2pd did not answer on its control socket within 0.3 s\np2pd's last lines:\n  thinking"
+        )
 
     @both
     async def test_busy_port(
@@ -488,21 +548,16 @@ class TestAttached:
             assert owner.downs == ["not yet"]
             nursery.cancel_scope.cancel()
 
-    async def test_a_real_daemon_over_tcp(self, p2pd_ours: Path, owner: Owner) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        real = RealNode(p2pd_ours, control=f"/ip4/127.0.0.1/tcp/{port}")
-        try:
-            follower = AttachedDaemon(real.control, expected_peer=real.peer, on_up=owner.on_up, on_down=owner.on_down)
-            async with trio.open_nursery() as nursery:
-                daemon = await nursery.start(follower.run)
-                assert (await daemon.identify()).peer == real.peer
-                real.stop()
-                await owner.until(downs=1)
-                nursery.cancel_scope.cancel()
-        finally:
-            real.stop()
+    async def test_a_real_daemon_over_tcp(self, neighbour: RealNode, owner: Owner) -> None:
+        follower = AttachedDaemon(
+            neighbour.control, expected_peer=neighbour.peer, on_up=owner.on_up, on_down=owner.on_down
+        )
+        async with trio.open_nursery() as nursery:
+            daemon: Daemon = await nursery.start(follower.run)
+            assert (await daemon.identify()).peer == neighbour.peer
+            neighbour.stop()
+            await owner.until(downs=1)
+            nursery.cancel_scope.cancel()
 
 
 async def test_what_each_binary_can(p2pd_ours: Path, p2pd_upstream: Path) -> None:

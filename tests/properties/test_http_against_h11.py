@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,33 @@ from lloom_sidecar.http.listeners import open_unix_listener
 from lloom_sidecar.http.server import Request, Response, serve
 
 EXAMPLES = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 LIMITS = HttpLimits(max_body_bytes=10_000)
 
+H = b"GET / HTTP/1.1\r\nHost: a\r\n"
+C = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 STRICTER: list[tuple[str, bytes, str]] = [
-    # our answer's message, what must then be in the bytes, why we refuse what h11 takes
-    ("not valid HTTP/1.1", rb"[^\r]\n|\r\n[ \t]|^\n|\n\n", "bare LF and obs-fold are how requests are smuggled (RFC 9112 2.2, 5.2)"),
-    ("not valid HTTP/1.1", rb"[\x00-\x08\x0b-\x1f\x7f]", "control characters in values (RFC 9110 5.5)"),
-    ("line that does not end with CRLF", rb"[^\r]\n|^\n", "the same, noticed before the head is complete"),
-    ("Only HTTP/1.1 and HTTP/1.0", rb"HTTP/(?!1\.[01])", "other versions are answered 505; h11 takes any digit"),
-    ("Content-Length is not one number", rb"(?i)content-length", "repeated lengths, even equal ones, and over 18 digits"),
-    ("both Content-Length and Transfer-Encoding", rb"(?i)content-length[^\0]*transfer-encoding|(?i:transfer-encoding)", "smuggling (RFC 9112 6.1)"),
-    ("Transfer-Encoding does not exist in HTTP/1.0", rb"HTTP/1\.0", "smuggling (RFC 9112 6.1)"),
-    ("invalid Host header", rb"(?i)host", "the Host is what the guard decides by: it must be an authority"),
-    ("target", rb".", "only origin-form, absolute-form and * (with OPTIONS) make sense at an origin server"),
-    ("fragment", rb"#", "no fragment in a target (RFC 9112 3.2)"),
-    ("authority is invalid", rb"://", "as the Host"),
-    ("percent escape", rb"%", "what cannot be decoded is routed nowhere"),
-    ("not UTF-8", rb"%", "the same"),
-    ("a NUL", rb"%00", "the same"),
-    ("expectation", rb"(?i)expect", "h11 leaves Expect to its user; RFC 9110 10.1.1 has 417"),
-    ("chunk-size line", rb".", "no blanks behind a chunk's size, at most 16 digits, 256 bytes a line, CRLF only"),
-    ("body is over", rb".", "the limit of this test's server"),
-    ("body is larger than", rb".", "the limit of this test's server"),
-    ("trailers are invalid", rb".", "as headers: bare LF, obs-fold, control characters"),
-    ("chunk of the body does not end", rb"\n", "h11 takes a bare LF behind a chunk"),
+    # what our answer says, an example that h11 takes, why we do not
+    ("line that does not end with CRLF", H + b"X: a\nY: b\r\n\r\n", "bare LF is how requests are smuggled"),
+    ("not valid HTTP/1.1", H + b"X: a\r\n b\r\n\r\n", "obs-fold: RFC 9112 5.2 has a server refuse it"),
+    ("not valid HTTP/1.1", H + b"X: a\x1bb\r\n\r\n", "control characters in values: RFC 9110 5.5"),
+    ("Only HTTP/1.1 and HTTP/1.0", b"GET / HTTP/1.2\r\nHost: a\r\n\r\n", "other versions are answered 505"),
+    ("Content-Length is not one number", H + b"Content-Length: 1, 1\r\n\r\na", "RFC 9110 8.6 allows it"),
+    ("both Content-Length and", C[:-2] + b"Content-Length: 1\r\n\r\n0\r\n\r\n", "RFC 9112 6.1: an error"),
+    ("does not exist in HTTP/1.0", C.replace(b"1.1", b"1.0") + b"0\r\n\r\n", "RFC 9112 6.1: faulty framing"),
+    ("invalid Host header", b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", "the guard decides by it"),
+    ("target is invalid", b"GET a HTTP/1.1\r\nHost: a\r\n\r\n", "RFC 9112 3.2"),
+    ("has a fragment", b"GET /#a HTTP/1.1\r\nHost: a\r\n\r\n", "RFC 9112 3.2: no form has one"),
+    ("authority is invalid", b"GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n", "as the Host; no userinfo"),
+    ("percent escape", b"GET /%zz HTTP/1.1\r\nHost: a\r\n\r\n", "what cannot be decoded is routed nowhere"),
+    ("not UTF-8", b"GET /%ff HTTP/1.1\r\nHost: a\r\n\r\n", "the same"),
+    ("has a NUL", b"GET /%00 HTTP/1.1\r\nHost: a\r\n\r\n", "the same"),
+    ("expectation", H + b"Expect: x\r\n\r\n", "RFC 9110 10.1.1: 417"),
+    ("chunk-size line", C + b"1 \r\na\r\n0\r\n\r\n", "RFC 9112 7.1; 16 digits, 256 bytes"),
+    ("trailers are invalid", C + b"0\r\nX: a\n\r\n", "as headers: no bare LF, no obs-fold"),
+    ("body is over", C + b"2711\r\n" + b"a" * 10_001 + b"\r\n0\r\n\r\n", "the limit of this test's server"),
+    ("body is larger than", H + b"Content-Length: 10001\r\n\r\n" + b"a" * 10_001, "the limit of this test's server"),
 ]  # fmt: skip
 
 
@@ -102,10 +104,13 @@ async def by_us(path: str, pieces: Sequence[bytes], outcomes: dict[str, Outcome]
                 except trio.BrokenResourceError:
                     break
                 await trio.testing.wait_all_tasks_blocked()
-        with trio.move_on_after(0) as scope:
+        with trio.CancelScope() as scope:
             while True:
                 scope.deadline = trio.current_time() + 0.002
-                data = await stream.receive_some(65536)
+                try:
+                    data = await stream.receive_some(65536)
+                except trio.BrokenResourceError:
+                    break  # sent on after an answer that closed the connection
                 if not data:
                     break
                 answer += data
@@ -140,7 +145,7 @@ def run_all(data: bytes, cuttings: Sequence[Sequence[int]]) -> list[Outcome]:
                 )
                 for cuts in cuttings:
                     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-                    pieces = [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+                    pieces = [data[a:b] for a, b in pairwise(edges)]
                     current.append(await by_us(path, pieces, outcomes, "now"))
                 nursery.cancel_scope.cancel()
 
@@ -149,7 +154,7 @@ def run_all(data: bytes, cuttings: Sequence[Sequence[int]]) -> list[Outcome]:
     return current
 
 
-TOKENS = st.sampled_from([b"GET", b"POST", b"HEAD", b"OPTIONS", b"BREW"])
+TOKENS = st.sampled_from([b"GET", b"POST", b"OPTIONS", b"BREW"])
 TARGETS = st.sampled_from([b"/", b"/v1/chat/completions?a=b", b"/%C3%A4%20", b"http://other:1/x", b"*", b"/a//b;c"])
 FIELDS = st.sampled_from(
     [b"Accept: */*", b"X-A:  b \t", b"x-a:", b"Connection: keep-alive", b"Connection: close", b"X: \xe4\tb",
@@ -167,7 +172,7 @@ def bodies(draw: st.DrawFn) -> bytes:
     if kind == "length":
         return b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
     chunks = b"".join(
-        b"%x%b\r\n%b\r\n" % (len(part), draw(st.sampled_from([b"", b";a=b", b" ; c"])), part)
+        b"%x%b\r\n%b\r\n" % (len(part), draw(st.sampled_from([b"", b";a=b", b";c"])), part)
         for part in (content[:7], content[7:])
         if part
     )
@@ -227,21 +232,27 @@ def test_same_requests_whatever_the_cutting(data: bytes, cuts: list[int]) -> Non
         assert whole.refusal is not None
     if len(whole.requests) < len(reference.requests):
         assert whole.refusal is not None
-        assert [why for message, needed, why in STRICTER if message in whole.refusal and re.search(needed, data)], (
-            whole.refusal
-        )
+        assert [why for message, _, why in STRICTER if message in whole.refusal], whole.refusal
 
 
-@settings(max_examples=500, deadline=None)
+@pytest.mark.parametrize(("message", "data", "why"), STRICTER)
+def test_where_we_are_stricter(message: str, data: bytes, why: str) -> None:
+    reference = by_h11(data)
+    assert (len(reference.requests), reference.refusal) == (1, None)
+    (outcome,) = run_all(data, [[]])
+    assert outcome.requests == []
+    assert message in (outcome.refusal or "")
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.binary(max_size=60), mutated(valid_requests())))
 def test_garbage_raises_only_the_refusal(data: bytes) -> None:
     try:
         head = parse_request_head(data, 128)
-    except RequestRefusedError as exc:
-        assert exc.http_status in (400, 417, 431, 501, 505)
-    else:
-        assert data.endswith(HEAD_END)
-        assert head.method
+    except RequestRefusedError:
+        return
+    assert data.endswith(HEAD_END)
+    assert head.method
 
 
 @st.composite
@@ -254,7 +265,7 @@ def response_heads(draw: st.DrawFn) -> bytes:
     return b"".join(line + b"\r\n" for line in lines) + b"\r\n"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.binary(max_size=60), mutated(response_heads())))
 def test_response_heads_against_h11(data: bytes) -> None:
     try:
@@ -296,7 +307,7 @@ def our_body(data: bytes, cuts: Sequence[int]) -> tuple[str, bytes]:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     content = b""
     try:
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             content += dechunker.feed(data[start:end])
     except IncompleteBodyError:
         with pytest.raises(IncompleteBodyError):
@@ -317,7 +328,7 @@ def chunked_bodies(draw: st.DrawFn) -> bytes:
     )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(mutated(chunked_bodies()), st.lists(st.integers(0, 100), max_size=8))
 def test_response_chunks_against_h11(data: bytes, cuts: list[int]) -> None:
     ours = our_body(data, [])

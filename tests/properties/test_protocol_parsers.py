@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lloom_sidecar.errors import AnnouncementError, ConfigError, RemoteProtocolError
+from lloom_sidecar.errors import AnnouncementError, ConfigError, ProtocolError, RemoteProtocolError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.protocol import claims, names
 from lloom_sidecar.protocol.announcement import open_announcement, seal_announcement
@@ -24,14 +24,12 @@ from lloom_sidecar.protocol.offers import Kind, Load, ModelOffer, Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 from lloom_sidecar.protocol.varint import decode_varint, encode_varint
 
-settings.register_profile("protocol", max_examples=60, deadline=None)
-settings.load_profile("protocol")
+FEW = settings(max_examples=50, deadline=None)
 
 SIGNER = Signer(bytes(range(32)))
 OTHER = Signer(bytes(32))
 KEY = NetworkKey(b"k" * 32)
 NODE = pb.NodeInfo(roles=[pb.ROLE_CLIENT], features=["resume"], software="lloom/0.1.0")
-RequestFrames = st.binary(max_size=200)
 
 
 def pieces(data: bytes, cuts: Sequence[int]) -> list[bytes]:
@@ -42,6 +40,7 @@ def pieces(data: bytes, cuts: Sequence[int]) -> list[bytes]:
 CUTS = st.lists(st.integers(0, 10_000), max_size=12)
 
 
+@FEW
 @given(st.integers(0, 2**63 - 1), st.binary(max_size=4))
 def test_a_varint_comes_back_and_no_part_of_it_is_one(value: int, tail: bytes) -> None:
     data = encode_varint(value)
@@ -50,6 +49,7 @@ def test_a_varint_comes_back_and_no_part_of_it_is_one(value: int, tail: bytes) -
         assert decode_varint(data[:end], 0, 2**63) is None
 
 
+@FEW
 @given(st.lists(st.binary(max_size=300), max_size=8), CUTS)
 def test_frames_come_out_the_same_however_they_are_cut(messages: list[bytes], cuts: list[int]) -> None:
     data = b"".join(map(frame, messages))
@@ -59,13 +59,13 @@ def test_frames_come_out_the_same_however_they_are_cut(messages: list[bytes], cu
         assert not cutter.has_partial
 
 
+@FEW
 @given(st.integers(1, 2**62), st.integers(1, 70_000))
 def test_an_oversize_frame_is_refused_from_its_prefix_alone(over: int, limit: int) -> None:
     cutter = FrameCutter(limit)
     prefix = encode_varint(limit + over)
     with pytest.raises(RemoteProtocolError) as caught:
-        for byte in prefix:
-            cutter.feed(bytes((byte,)))
+        _ = [cutter.feed(bytes((byte,))) for byte in prefix]
     assert caught.value.code == "oversize"
 
 
@@ -88,6 +88,7 @@ def requester() -> RequesterStream:
     return stream
 
 
+@FEW
 @given(ANSWER_FRAMES, st.booleans(), CUTS)
 def test_an_answer_gives_the_same_events_however_it_is_cut(
     messages: list[pb.Frame], is_error: bool, cuts: list[int]
@@ -104,6 +105,7 @@ def test_an_answer_gives_the_same_events_however_it_is_cut(
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@FEW
 @given(st.binary(max_size=2000), CUTS)
 def test_a_request_gives_the_same_events_however_it_is_cut(body: bytes, cuts: list[int]) -> None:
     sender = RequesterStream()
@@ -144,7 +146,7 @@ VALUES = st.one_of(st.binary(max_size=40), st.just(b"n" * 32), st.just(b"s" * 16
 @st.composite
 def near_frames(draw: st.DrawFn, message_type: Any) -> bytes:
     """One frame of ``message_type`` with some fields of one of its kinds set, perhaps with a byte changed."""
-    field = draw(st.sampled_from(message_type.DESCRIPTOR.fields))
+    field = draw(st.sampled_from(list(message_type.DESCRIPTOR.fields)))
     message = message_type()
     if field.message_type is None:
         setattr(message, field.name, draw(VALUES))
@@ -172,6 +174,7 @@ MAKERS: list[tuple[Callable[[], Machine], Any]] = [
 
 
 @pytest.mark.parametrize(("make", "message_type"), MAKERS)
+@FEW
 @given(st.data())
 def test_garbage_raises_only_the_remote_error_and_it_stays_broken(
     make: Callable[[], Machine], message_type: Any, data: st.DataObject
@@ -184,12 +187,12 @@ def test_garbage_raises_only_the_remote_error_and_it_stays_broken(
     except RemoteProtocolError:
         assert machine.state in (State.BROKEN, HelloState.BROKEN)
         for chunk in (b"", frame(b""), b"\x00" * 10):
-            with pytest.raises((RemoteProtocolError, Exception), match=r".") as caught:
+            with pytest.raises(ProtocolError):
                 machine.receive(chunk)
-            assert caught.value.code in ("bad_frame", "oversize", "unexpected_frame", "local_protocol")
             assert machine.state in (State.BROKEN, HelloState.BROKEN)
 
 
+@FEW
 @given(CUTS, CUTS)
 def test_a_hello_ends_the_same_however_it_is_cut(to_answerer: list[int], to_opener: list[int]) -> None:
     opener, answerer = an_opener(), an_answerer()
@@ -207,7 +210,7 @@ def test_a_hello_ends_the_same_however_it_is_cut(to_answerer: list[int], to_open
 
 @pytest.mark.parametrize("kind", names.ALL_KINDS, ids=[kind.domain for kind in names.ALL_KINDS])
 @given(payload=st.binary(max_size=300), position=st.integers(0, 10_000), value=st.integers(0, 255))
-@settings(max_examples=25)
+@settings(max_examples=15, deadline=None)
 def test_an_envelope_opens_to_its_payload_and_one_changed_byte_closes_it(
     kind: names.EnvelopeKind, payload: bytes, position: int, value: int
 ) -> None:
@@ -220,6 +223,7 @@ def test_an_envelope_opens_to_its_payload_and_one_changed_byte_closes_it(
             open_envelope(bytes(changed), kind, expected_signer=SIGNER.peer)
 
 
+@FEW
 @given(st.one_of(st.binary(max_size=400), st.builds(lambda size: bytes(size), st.integers(MAX_ENVELOPE_BYTES, 40_000))))
 def test_bytes_that_are_no_statement_raise_only_what_they_may(raw: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -229,6 +233,7 @@ def test_bytes_that_are_no_statement_raise_only_what_they_may(raw: bytes) -> Non
     assert caught.value.reason in ("size", "envelope", "signature")
 
 
+@FEW
 @given(st.binary(max_size=400))
 def test_a_signed_payload_that_is_garbage_raises_only_what_it_may(payload: bytes) -> None:
     with contextlib.suppress(AnnouncementError):
@@ -262,6 +267,7 @@ MODELS = st.builds(
 FLOATS = st.floats(0, 1e9, width=32)
 
 
+@FEW
 @given(
     models=st.lists(MODELS, max_size=5, unique_by=lambda model: model.id),
     load=st.builds(Load, st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), FLOATS, FLOATS),
@@ -301,6 +307,7 @@ ADDRESSES = st.sampled_from(
 )
 
 
+@FEW
 @given(KEYS, st.lists(ADDRESSES, max_size=16), st.integers(1, 10_000))
 def test_an_invite_comes_back_and_a_cut_one_does_not(key: NetworkKey, validators: list[Multiaddr], cut: int) -> None:
     invite = Invite(tuple(validators), key)
@@ -310,6 +317,7 @@ def test_an_invite_comes_back_and_a_cut_one_does_not(key: NetworkKey, validators
         Invite.decode(text[: -(cut % len(text) or 1)])
 
 
+@FEW
 @given(KEYS, KEYS, st.integers(1, 10**18 - 1), st.integers(1, 10_000))
 def test_a_key_file_comes_back_and_a_cut_one_does_not(
     current: NetworkKey, previous: NetworkKey, until_ms: int, cut: int
@@ -319,9 +327,10 @@ def test_a_key_file_comes_back_and_a_cut_one_does_not(
     keys = parse_key_file(data)
     assert (keys.current, keys.previous) == (current, None if rotated is None else previous)
     with pytest.raises(ConfigError):
-        parse_key_file(data[: -(1 + cut % (len(data) - 1))])
+        parse_key_file(data[: -(2 + cut % (len(data) - 2))])  # the last line's end alone may be missing
 
 
+@FEW
 @given(st.one_of(st.text(max_size=200), st.text(max_size=60).map("lloom-invite-1:".__add__)), st.binary(max_size=200))
 def test_garbage_for_an_invite_or_a_key_file_raises_only_config_error(text: str, data: bytes) -> None:
     with pytest.raises(ConfigError):
@@ -331,6 +340,7 @@ def test_garbage_for_an_invite_or_a_key_file_raises_only_config_error(text: str,
             parse_key_file(candidate)
 
 
+@FEW
 @given(st.binary(max_size=60))
 def test_bytes_from_a_peer_are_an_address_or_raise_value_error(raw: bytes) -> None:
     with contextlib.suppress(ValueError):

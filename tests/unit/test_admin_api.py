@@ -47,6 +47,14 @@ def test_the_client_reads_every_snapshot(node: Served, client: NodeClient) -> No
     assert 'lloom_health_condition{code="few_peers"' in client.metrics()
 
 
+def test_a_receipt_is_found_by_its_request(node: Served, client: NodeClient) -> None:
+    assert client.receipt("0a") == node.node.receipt("0a")
+    for name in ("0b", "../status"):
+        with pytest.raises(NodeRefusedError) as caught:
+            client.receipt(name)
+        assert (caught.value.code, caught.value.http_status) == ("not_found", 404)
+
+
 def test_only_the_owner_can_open_the_socket(node: Served) -> None:
     assert (node.home / "run" / "admin.sock").stat().st_mode & 0o777 == 0o600
 

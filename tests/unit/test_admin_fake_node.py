@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -20,6 +21,7 @@ from lloom_sidecar.admin.view import (
     ModelInfo,
     NodeView,
     PeerInfo,
+    ReceiptInfo,
     SettingInfo,
     Status,
 )
@@ -156,6 +158,31 @@ class FakeNode:
     def conditions(self) -> list[ConditionInfo]:
         return [ConditionInfo(**one) for one in self.health.as_dicts()]  # type: ignore[typeddict-item]
 
+    def receipt(self, request_id: str) -> ReceiptInfo | None:
+        if request_id != "0a":
+            return None
+        return ReceiptInfo(
+            request_id=request_id,
+            claims={
+                "client": PEER,
+                "executor": OTHER,
+                "model": "smollm2:135m",
+                "prompt_tokens": 3,
+                "completion_tokens": 5,
+                "usage_source": "backend",
+                "cost": 0,
+                "currency": "",
+                "answer_bytes": 120,
+                "answer_digest": "00" * 32,
+                "request_digest": "11" * 32,
+                "accepted_at_ms": 1,
+                "ended_at_ms": 2,
+            },
+            envelope="aa",
+            request="bb",
+            ack="cc",
+        )
+
     async def connect(self, addr: str) -> PeerInfo:
         await trio.lowlevel.checkpoint()
         if not addr.startswith("/"):
@@ -218,7 +245,7 @@ class Served:
         listener = open_unix_listener(str(self.home / "run" / "admin.sock"))
         async with trio.open_nursery() as nursery:
             handler = asgi_handler(admin_app(self.node))
-            await nursery.start(lambda task_status: serve([listener], handler, shutdown=self._shutdown, grace_s=5, task_status=task_status))  # fmt: skip  # noqa: E501
+            await nursery.start(partial(serve, [listener], handler, shutdown=self._shutdown, grace_s=5))
             self._ready.set()
 
 

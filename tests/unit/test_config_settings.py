@@ -34,11 +34,11 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(home: Path, env: dict[str, str] | None = None, **flags: Any) -> Config:
+def load(home: Path, env: dict[str, str] | None = None, /, **flags: Any) -> Config:
     return load_config({"roles": ("client",), "home": str(home), **flags}, env=env or {})
 
 
-def faults(home: Path, env: dict[str, str] | None = None, **flags: Any) -> tuple[str, ...]:
+def faults(home: Path, env: dict[str, str] | None = None, /, **flags: Any) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load(home, env, **flags)
     return caught.value.faults
@@ -117,9 +117,9 @@ def test_places_and_consequences(home: Path) -> None:
     assert config.admin_socket == home / "run" / "admin.sock"
     assert str(config.control_address) == f"/unix{home}/run/control.sock"
     assert config.handler_path == home / "run" / "handler.sock"
-    attached = load(home, p2pd_control="/unix/run/shared/control.sock")
+    attached = load(home, p2pd_control="/unix/run/both/control.sock")
     assert attached.is_attached
-    assert attached.handler_path == Path("/run/shared/handler.sock")
+    assert attached.handler_path == Path("/run/both/handler.sock")
     assert load(home, handler_socket="/x/h.sock").handler_path == Path("/x/h.sock")
     executor = load(home, roles=("executor",), model="builtin", price_prompt="5", price_currency="EUR")
     assert executor.is_dht_server
@@ -285,7 +285,7 @@ def test_effective_settings_are_plain_values(home: Path) -> None:
     assert set(found[0]) == {"name", "value", "source", "env", "flag"}
 
 
-@given(st.text(max_size=30))
+@given(st.text("[]:.0129abz%", max_size=30))
 def test_no_text_breaks_host_port(text: str) -> None:
     try:
         found = HostPort.parse(text)
@@ -305,10 +305,9 @@ def test_loopback(text: str, is_loopback: bool) -> None:
 
 @given(st.dictionaries(st.sampled_from([one.env for one in describe_settings()]), st.text(max_size=40), max_size=6))
 def test_garbage_in_the_environment_is_a_config_error(env: dict[str, str]) -> None:
-    try:
-        load_config({"home": "/none", "open": True}, env={key: value.replace("\0", "") for key, value in env.items()})
-    except ConfigError as exc:
-        assert all(exc.faults)
+    with pytest.raises(ConfigError) as caught:
+        load_config({"home": "/none", "roles": (), "min_peers": "-1"}, env=env)
+    assert all(caught.value.faults)
 
 
 def test_the_process_environment_is_the_default(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

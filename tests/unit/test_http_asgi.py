@@ -10,7 +10,7 @@ import pytest
 import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lloom_sidecar.http.asgi import AsgiApp, asgi_handler
@@ -189,8 +189,7 @@ async def test_receive_tells_the_end() -> None:
             await send(START)
             await send({"type": "http.response.body", "body": b"done"})
 
-    async with running(app) as (client, errors):
-        async with client.request("GET", "/") as response:
-            assert await response.read(10) == b"done"
+    async with running(app) as (client, errors), client.request("GET", "/") as response:
+        assert await response.read(10) == b"done"
     assert kinds == ["http.request", "http.disconnect"]
     assert errors == []

@@ -144,9 +144,11 @@ async def test_what_is_sent() -> None:
         seen.append(await read_request(stream))
         await stream.send_all(OK)
 
-    async with scripted(script) as (server, client):
-        async with client.request("POST", "/a", [(b"accept", b"*/*")]) as response:
-            await response.read(10)
+    async with (
+        scripted(script) as (server, client),
+        client.request("POST", "/a", [(b"accept", b"*/*")]) as response,
+    ):
+        await response.read(10)
     host = server.base.removeprefix("http://").encode()
     assert seen == [b"POST /a HTTP/1.1\r\nhost: " + host + b"\r\ncontent-length: 0\r\naccept: */*\r\n\r\n"]
 
@@ -189,7 +191,7 @@ async def test_tls_is_pooled_and_verified() -> None:
                     assert await response.read(len(body)) == body
             assert client.idle_connections == 1
         async with open_client(base) as stranger:
-            with pytest.raises(HttpConnectError, match="(?i)certificate"):
+            with pytest.raises(HttpConnectError, match=r"(?i)certificate"):
                 await get(stranger)
         nursery.cancel_scope.cancel()
 
@@ -356,10 +358,9 @@ async def test_an_answer_that_comes_before_the_body_was_taken() -> None:
                 pass
         await stream.aclose()
 
-    async with scripted(refuses) as (_, client):
-        async with client.request("POST", "/", (), b"x" * 5_000_000) as response:
-            assert response.status == 413
-            assert await response.read(10) == b"no"
+    async with scripted(refuses) as (_, client), client.request("POST", "/", (), b"x" * 5_000_000) as response:
+        assert response.status == 413
+        assert await response.read(10) == b"no"
 
 
 async def hangs(stream: trio.SocketStream, server: Scripted) -> None:
@@ -402,10 +403,10 @@ async def test_a_hung_body() -> None:
 
 async def test_a_slow_reader_of_the_answer_is_no_timeout() -> None:
     answer = CHUNKED_HEAD + b"2\r\nab\r\n0\r\n\r\n"
-    async with scripted(says(answer), limits=ClientLimits(between_bytes_timeout_s=QUICK)) as (_, client):
-        async with client.request("GET", "/") as response:
-            await trio.sleep(2 * QUICK)
-            assert await response.read(10) == b"ab"
+    limits = ClientLimits(between_bytes_timeout_s=QUICK)
+    async with scripted(says(answer), limits=limits) as (_, client), client.request("GET", "/") as response:
+        await trio.sleep(2 * QUICK)
+        assert await response.read(10) == b"ab"
 
 
 async def test_connection_failures() -> None:
@@ -450,11 +451,10 @@ async def test_a_waiting_request_gets_the_connection_that_comes_free() -> None:
         async def second() -> None:
             got.append(await get(client))
 
-        async with trio.open_nursery() as nursery:
-            async with client.request("GET", "/") as response:
-                nursery.start_soon(second)
-                await trio.testing.wait_all_tasks_blocked()
-                await response.read(10)
+        async with trio.open_nursery() as nursery, client.request("GET", "/") as response:
+            nursery.start_soon(second)
+            await trio.testing.wait_all_tasks_blocked()
+            await response.read(10)
         assert got == [b"ok"]
         assert server.connections == 1
 

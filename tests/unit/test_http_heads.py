@@ -239,9 +239,13 @@ def test_what_follows_the_chunks_is_kept() -> None:
 @pytest.mark.parametrize("step", [1, 7, 100_000])
 def test_refused_chunks(status: int, data: bytes, step: int) -> None:
     dechunker = RequestDechunker(1000, 200)
-    with pytest.raises(RequestRefusedError) as caught:
+
+    def feed() -> None:
         for i in range(0, len(data), step):
             dechunker.feed(data[i : i + step])
+
+    with pytest.raises(RequestRefusedError) as caught:
+        feed()
     assert caught.value.http_status == status
 
 
@@ -267,8 +271,7 @@ def test_broken_response_chunks_stay_broken(data: bytes) -> None:
 
 def test_framing_without_content_is_bounded() -> None:
     dechunker = ResponseDechunker()
-    with pytest.raises(IncompleteBodyError):
-        for _ in range(100):
-            dechunker.feed(b"1;" + b"x" * 1000 if _ == 0 else b"x" * 1000)
-    with pytest.raises(IncompleteBodyError):
-        dechunker.feed(b"x")
+    assert dechunker.feed(b"1;" + b"x" * (ResponseDechunker.MAX_SILENT_BYTES - 2)) == b""
+    for _ in range(2):
+        with pytest.raises(IncompleteBodyError):
+            dechunker.feed(b"x")

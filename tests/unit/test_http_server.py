@@ -8,7 +8,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 import pytest
@@ -701,7 +701,7 @@ async def test_no_descriptors_left_is_reported_and_survived() -> None:
     real = listener.sock
 
     class Exhausted:
-        failures = [OSError(24, "Too many open files"), ConnectionAbortedError(103, "aborted")]
+        failures: ClassVar[list[OSError]] = [OSError(24, "Too many open files"), ConnectionAbortedError(103, "aborted")]
 
         def fileno(self) -> int:
             return real.fileno()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -18,7 +20,7 @@ from lloom_sidecar.p2p import messages as m
 from lloom_sidecar.p2p.connector import MAX_SOCKET_PATH_BYTES, open_socket, unix_multiaddr
 from lloom_sidecar.p2p.errors import InboundRefusedError
 from lloom_sidecar.p2p.framing import encode_frame
-from lloom_sidecar.p2p.inbound import Handler, serve_inbound
+from lloom_sidecar.p2p.inbound import Handler, _Server, serve_inbound
 from lloom_sidecar.p2p.stream import P2PStream
 
 PEER = PeerId.from_ed25519(bytes(32))
@@ -248,3 +250,19 @@ async def test_tcp_port_in_use(nursery: trio.Nursery) -> None:
 async def test_no_address_for_a_listener() -> None:
     with pytest.raises(ConfigError):
         await serve_inbound(unix_multiaddr(Path("/x")), {}, max_streams=1)
+
+
+class NoDescriptors:
+    """A listening socket while the process has no file descriptors left."""
+
+    def accept(self) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+async def test_no_file_descriptors_left_is_reported_and_waited_out(autojump_clock: MockClock) -> None:
+    errors: list[Exception] = []
+    server = _Server({}, 1, lambda exc, stream: errors.append(exc))
+    started = trio.current_time()
+    assert await server._accept(cast("socket.socket", NoDescriptors())) is None
+    assert trio.current_time() - started >= 0.1
+    assert [getattr(exc, "reason", None) for exc in errors] == ["accept"]

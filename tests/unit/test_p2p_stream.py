@@ -187,6 +187,42 @@ class TestSend:
             nursery.cancel_scope.cancel()
 
 
+class TestSendNowait:
+    async def test_all_at_once(self, pair: Pair) -> None:
+        stream, far = pair
+        assert stream.send_nowait(b"ping")
+        assert far.recv(10) == b"ping"
+
+    async def test_a_full_socket_keeps_the_stream(self, pair: Pair) -> None:
+        stream, _ = pair
+        while stream.send_nowait(bytes(10_000)):
+            pass
+        assert not stream.closed
+        assert not stream.send_nowait(bytes(10_000))
+        assert not stream.closed
+
+    async def test_half_a_frame_closes_the_stream(self, pair: Pair) -> None:
+        stream, _ = pair
+        assert not stream.send_nowait(bytes(10_000_000))
+        assert stream.closed
+
+    async def test_closed_here_or_there(self, pair: Pair) -> None:
+        stream, far = pair
+        far.close()
+        assert not stream.send_nowait(b"x")
+        assert stream.closed
+        assert not stream.send_nowait(b"x")
+
+    async def test_another_task_is_sending(self, pair: Pair) -> None:
+        stream, _ = pair
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, bytes(10_000_000))
+            await wait_all_tasks_blocked()
+            assert not stream.send_nowait(b"x")
+            assert not stream.closed
+            nursery.cancel_scope.cancel()
+
+
 class TestClose:
     async def test_is_at_once_and_idempotent(self, pair: Pair) -> None:
         stream, far = pair

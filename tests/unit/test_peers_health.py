@@ -67,7 +67,8 @@ def test_unknown_executors_are_believed_their_prior() -> None:
 
 def test_the_first_sample_replaces_the_guess() -> None:
     d = Dialogue()
-    assert d.begin() and d.estimate_s == 1.0
+    d.begin()
+    assert d.estimate_s == 1.0
     d.attempt(Outcome.OK, takes_s=0.2)
     assert d.estimate_s == pytest.approx(0.2)
 
@@ -190,7 +191,7 @@ def test_a_probe_whose_stream_is_lost_after_its_first_byte_opens_again() -> None
     d.health.first_byte(probe, d.now)
     assert d.circuit is Circuit.CLOSED
     d.health.end(probe, Outcome.LOST, d.now)
-    assert d.circuit is Circuit.OPEN
+    assert d.verdict is Verdict.CIRCUIT_OPEN
     assert d.health.judge(A, "m", d.now).wait_s == 2 * BACKOFF_S
 
 
@@ -290,14 +291,21 @@ def test_idle_records_make_room_busy_ones_stay() -> None:
     busy = d.begin(A)
     d.attempt(Outcome.OK, peer=B)
     d.attempt(Outcome.OK, peer=C)
-    assert [view.peer for view in d.health.snapshot(d.now)] == [A, C]
+    assert len(d.health) == 3
     d.health.end(busy, Outcome.OK, d.now)
+    assert [view.peer for view in d.health.snapshot(d.now)] == [C, A]
     ticket = d.health.begin(B, "n", d.now)
     d.health.end(ticket, Outcome.OK, d.now)
     assert len(d.health) == 2
     assert d.health.p95_ttft_s("m") is None
     view = d.health.snapshot(d.now)[-1]
-    assert (view.peer, view.model, view.circuit, view.in_flight, view.failures_in_a_row) == (B, "n", Circuit.CLOSED, 0, 0)
+    assert (view.peer, view.model, view.circuit, view.in_flight, view.failures_in_a_row) == (
+        B,
+        "n",
+        Circuit.CLOSED,
+        0,
+        0,
+    )
 
 
 def test_the_window_of_a_model_is_bounded() -> None:

@@ -140,9 +140,7 @@ def test_each_filter(offer: ModelOffer, wanted: dict[str, object], reason: Filte
 def test_views_of_another_model_are_filtered() -> None:
     net = Network()
     net.add(1)
-    choice = choose(
-        net.book.index_of("m"), request=Wanted("n"), health=net.health, now=net.now, rng=net.rng
-    )
+    choice = choose(net.book.index_of("m"), request=Wanted("n"), health=net.health, now=net.now, rng=net.rng)
     assert choice.filtered == {Filtered.MODEL: 1}
 
 
@@ -237,6 +235,8 @@ def test_who_refuses_fast_does_not_attract_traffic() -> None:
     net = Network()
     a, b = net.add(1), net.add(2)
     net.measured(a, 0.3)
+    net.measured(b, 0.01)
+    assert set(net.spread(50)) == {b}
     net.measured(b, 0.001, Outcome.REFUSED)
     net.now += 2  # its pause is over
     assert set(net.spread(50)) == {a}
@@ -272,9 +272,7 @@ def test_draws_that_find_nobody_end_in_a_scan() -> None:
     pinned = net.choose(pinned=frozenset({peer(9)}))
     assert pinned.pick is not None
     assert pinned.pick.peer == peer(9)
-    as_list = choose(
-        list(net.book.index_of("m")), request=Wanted("m"), health=net.health, now=net.now, rng=net.rng
-    )
+    as_list = choose(list(net.book.index_of("m")), request=Wanted("m"), health=net.health, now=net.now, rng=net.rng)
     assert as_list.is_complete
 
 
@@ -300,9 +298,7 @@ def test_one_that_leaves_moves_only_its_own_keys() -> None:
         gone = before[keys[0]]
         assert gone is not None
         moved = [
-            key
-            for key in keys
-            if net.choose(affinity_key=key, excluded=frozenset({gone.peer})).pick is not before[key]
+            key for key in keys if net.choose(affinity_key=key, excluded=frozenset({gone.peer})).pick is not before[key]
         ]
         assert moved == [key for key in keys if before[key] is gone]
 
@@ -421,7 +417,7 @@ class Replay:
     """
 
     seed: int
-    requests: int = 20_000
+    requests: int = 5_000
     rate_per_s: float = 40.0
 
     def run(self) -> tuple[Counter[bool], Counter[int]]:
@@ -481,8 +477,8 @@ class Replay:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_adaptive_keeps_999_of_1000_within_a_second_beside_bad_executors(seed: int) -> None:
     results, attempts = Replay(seed).run()
-    assert results[True] + results[False] == 20_000
-    assert results[True] / 20_000 >= 0.999
+    assert results[True] + results[False] == 5_000
+    assert results[True] / 5_000 >= 0.999
     bad = sum(attempts[number] for number in (SLOW, REFUSES, WEDGES))
     assert bad / attempts.total() < 0.05
     good = [attempts[number] for number in range(1, 9)]

@@ -59,7 +59,7 @@ class TestDialogue:
             ex.HeadReceived("text/event-stream", pb.ENCODING_ZSTD, 9)
         ]
         assert requester.receive(responder.data(b"one")) == [ex.DataReceived(b"one")]
-        assert requester.receive(sent(checkpoint=pb.Checkpoint(envelope=b"c"))) == [ex.CheckpointReceived(b"c")]
+        assert requester.receive(responder.checkpoint(b"c")) == [ex.CheckpointReceived(b"c")]
         assert requester.receive(responder.end(b"receipt")) == [ex.EndReceived(b"receipt")]
         assert responder.receive(requester.ack(1, b"ack")) == [ex.AckReceived(1, b"ack")]
         assert (requester.state, responder.state) == (State.IDLE, State.IDLE)
@@ -332,6 +332,7 @@ def test_a_body_over_its_stated_length() -> None:
         lambda: responder_in(State.IDLE).accept(now_ms=0, challenge=CHALLENGE, max_streams=1),
         lambda: responder_in(State.BODY).head("text/plain"),
         lambda: responder_in(State.IDLE).data(b"x"),
+        lambda: responder_in(State.IDLE).checkpoint(b"c"),
         lambda: responder_in(State.IDLE).end(b"r"),
         lambda: responder_in(State.IDLE).error(PeerBusyError("busy")),
         lambda: responder_in(State.NEW).go_away("x"),
@@ -340,6 +341,22 @@ def test_a_body_over_its_stated_length() -> None:
 def test_a_misuse_of_ours_is_a_local_error(misuse: Callable[[], object]) -> None:
     with pytest.raises(LocalProtocolError):
         misuse()
+
+
+def test_a_head_comes_first_or_not_at_all() -> None:
+    speeches: list[Callable[[ResponderStream], bytes]] = [
+        lambda responder: responder.head("text/plain"),
+        lambda responder: responder.data(b""),
+        lambda responder: responder.checkpoint(b"c"),
+    ]
+    for speech in speeches:
+        requester, responder = asked()
+        requester.receive(speech(responder))
+        with pytest.raises(LocalProtocolError, match="head after"):
+            responder.head("text/plain")
+        requester.receive(responder.end(b"r"))
+        responder.receive(b"".join(requester.request(b"envelope", SALT, b"")))
+        requester.receive(responder.head("text/plain"))
 
 
 def test_the_shared_part_is_no_stream_by_itself() -> None:

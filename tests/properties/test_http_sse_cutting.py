@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,10 +29,10 @@ def reference(data: bytes) -> tuple[list[bytes], bytes]:
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(STREAMS, st.lists(st.integers(0, 80), max_size=8))
 def test_any_cutting_gives_the_same_events(data: bytes, cuts: list[int]) -> None:
     events, rest = reference(data)
@@ -47,7 +48,7 @@ def test_any_cutting_gives_the_same_events(data: bytes, cuts: list[int]) -> None
     assert split_events(block) == events
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(STREAMS, st.lists(st.integers(0, 80), max_size=8), st.integers(1, 20))
 def test_the_limit_does_not_depend_on_the_cutting(data: bytes, cuts: list[int], limit: int) -> None:
     def outcome(parts: list[bytes]) -> tuple[list[bytes], bool]:
@@ -64,7 +65,7 @@ def test_the_limit_does_not_depend_on_the_cutting(data: bytes, cuts: list[int], 
     assert outcome(pieces(data, cuts)) == outcome([data])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60))
 def test_data_of_takes_anything(event: bytes) -> None:
     lines = re.split(rb"\r\n|\n|\r", event.removeprefix(b"\xef\xbb\xbf"))
