@@ -86,6 +86,10 @@ lint-fix: .venv/.installed-dev ## Let ruff and gofmt repair what they can
 proto: .venv/.installed-dev ## Generate lloom_sidecar/protocol/pb from the .proto files
 	$(BIN)/python tools/generate_protobuf.py
 
+.PHONY: docs
+docs: .venv/.installed ## Generate docs/settings.md and docs/reference.md from the code
+	$(BIN)/python tools/generate_docs.py
+
 .PHONY: lock
 lock: .venv/.venv-made ## Write the requirements*.lock files from pyproject.toml (ARGS=--upgrade: newest versions)
 	tools/lock.sh $(ARGS)

@@ -121,12 +121,6 @@ CONDITION_KINDS: Final = (
         "Start one: `lloom-sidecar run --role executor --model builtin`; `lloomctl peer list` shows who is here.",
     ),
     ConditionKind(
-        "relayed_only",
-        "reachable through a relay only",
-        Severity.INFO,
-        "Forward the listen port (4001, TCP and UDP) to this machine for direct paths.",
-    ),
-    ConditionKind(
         "previous_key",
         "the previous network key is still accepted",
         Severity.INFO,

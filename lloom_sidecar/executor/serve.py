@@ -485,7 +485,9 @@ class _Session:
             self._note_end(job, code, first_s, tokens)
 
     def _note_end(self, job: _Job, code: str, first_s: float | None = None, tokens: int = 0) -> None:
-        """Exactly one for each ``request_received``."""
+        """Exactly one for each ``request_received``: the first call counts."""
+        if job.is_ended:
+            return
         job.is_ended = True
         claims = job.request.claims
         seconds = trio.current_time() - job.accepted_at
@@ -637,6 +639,7 @@ class _Session:
         self._executor.buffered_bytes -= job.body_length
         job.body_length = 0
         self._executor.leave(job.ticket)
+        self._note_end(job, "cancelled")  # where the stream ended before its body was complete
 
     def _cancel(self) -> None:
         if self._scope is not None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 READ_BYTES: Final = 65_536
-"""Most bytes that one read takes from a socket. Source: the size of a frame of the exchange protocol (DESIGN of the
-wire: frames at most 64 KiB), so that a whole read fits one frame."""
+"""Most bytes that one read takes from a socket. Source: the size of a frame of the exchange protocol (PROTOCOL.md:
+frames at most 64 KiB), so that a whole read fits one frame."""
 
 
 def _check(limits: HttpLimits | ClientLimits) -> None:

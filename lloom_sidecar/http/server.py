@@ -1,8 +1,9 @@
 """HTTP/1.1 server on trio: one task per connection, no task, scope or deadline per request.
 
 A handler is ``async def handler(request, response)``. It runs in its connection's task and cancel scope; when the
-client goes away, the scope is cancelled. Pipelined requests wait, in the kernel's buffer or ours, and are served in
-order. Whatever is not clean HTTP is refused and the connection closed (``heads.py``, ``chunked.py``).
+client goes away, the scope is cancelled. A client that only closes its sending side counts as gone, as with nginx: an
+application that hung up must not keep a model busy. Pipelined requests wait, in the kernel's buffer or ours, and are
+served in order. Whatever is not clean HTTP is refused and the connection closed (``heads.py``, ``chunked.py``).
 Source: RFC 9110, RFC 9112.
 """
 

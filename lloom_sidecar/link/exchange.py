@@ -214,6 +214,13 @@ async def _begin(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> 
 
 async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exchange:
     machine = link.machine
+    if len(call.body) > link.accepted.max_body_bytes:
+        pool.release(link)
+        raise RefusedError(
+            f"the body has {len(call.body)} bytes; {link.peer.short()} takes {link.accepted.max_body_bytes}",
+            code="body_too_large",
+            http_status=413,
+        )
     salt = os.urandom(SALT_BYTES)
     claims = pb.RequestClaims(
         request_id=call.request_id,
@@ -245,9 +252,9 @@ async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exc
             await link.send(data)
         exchange = Exchange(link, signer, call, claims, envelope, salt)
         await exchange.wait_first()
-    except RefusedError:
-        # The machine is idle again unless the refusal came before the whole body was sent.
-        if machine.state is State.IDLE:
+    except RefusedError as exc:
+        # The machine is idle again unless the refusal came before the whole body was sent. A stale stream is not kept.
+        if machine.state is State.IDLE and exc.code not in RETRY_FRESH_CODES:
             pool.release(link)
         else:
             pool.discard(link)

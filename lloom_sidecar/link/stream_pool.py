@@ -234,7 +234,7 @@ class StreamPool:
             raise
         self._in_use.add(link)
         streams.max_streams = max(1, link.accepted.max_streams or STOCK_MAX_STREAMS)
-        for _ in range(streams.max_streams - streams.open_count):
+        for _ in range(min(len(streams.waiting), streams.max_streams - streams.open_count)):
             self._wake(streams)  # the cap may be higher than what was assumed
         return link
 

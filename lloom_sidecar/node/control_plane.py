@@ -44,7 +44,8 @@ _ROLE_NAMES: Final = {value: name for name, value in _ROLES.items()}
 class ControlPlane:
     """The peer book and the services that keep it true.
 
-    ``on_peer_gone`` is told of a peer's last connection; ``on_joined`` of a validator that was reached.
+    ``on_peer_gone`` is told of a peer's last connection; ``on_joined`` of a validator that was reached; ``on_clock`` by
+    how many milliseconds our clock is ahead of a validator's.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ControlPlane:
         service_keys: Callable[[], Iterable[str]],
         on_peer_gone: Callable[[PeerId], None],
         on_joined: Callable[[], None],
+        on_clock: Callable[[PeerId, int], None],
         metrics: Metrics,
         observer: Observer,
         rng: random.Random,
@@ -71,6 +73,7 @@ class ControlPlane:
         self._announcement = announcement
         self._on_peer_gone = on_peer_gone
         self._on_joined = on_joined
+        self._on_clock = on_clock
         self._metrics = metrics
         self._observer = observer
         self._wanted_full: dict[PeerId, None] = {}
@@ -202,6 +205,9 @@ class ControlPlane:
             now=trio.current_time(),
         )
         self.book.note_path(greeted.peer, is_relayed=greeted.addr.is_relayed)
+        if greeted.rtt_s is not None and any(v.peer == greeted.peer for v in self.bootstrap.validators):
+            # Theirs was read about half a round trip ago.
+            self._on_clock(greeted.peer, now_ms() - node.now_ms - round(greeted.rtt_s * 500))
 
     def _catalogue_page(self, model: str, since: int) -> CataloguePage:
         return self.book.entries_since(since, now=trio.current_time(), model=model or None)

@@ -29,7 +29,7 @@ from lloom_sidecar.executor.backend import BackendState
 from lloom_sidecar.http.asgi import asgi_handler
 from lloom_sidecar.http.listeners import Listener
 from lloom_sidecar.identity import HomeLock, init_home, load_network_keys
-from lloom_sidecar.ids import Multiaddr
+from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.ledger.store import Ledger
 from lloom_sidecar.link.stream_pool import StreamPool
 from lloom_sidecar.p2p.daemon import Daemon, Identity
@@ -53,6 +53,9 @@ TICK_S: Final = 1.0
 IDENTIFY_EVERY_S: Final = 15.0
 """Addresses change when a NAT mapping or an interface does."""
 IDLE_POLL_S: Final = 0.02
+MAX_CLOCK_SKEW_MS: Final = 5_000
+"""Against a validator; announcements tolerate 15 min, requests 60 s."""
+RESTARTS_TO_WARN: Final = 3
 
 log = structlog.get_logger("lloom.node")
 
@@ -96,6 +99,7 @@ class Node:
             service_keys=self._service_keys,
             on_peer_gone=lambda peer: self.pool.drop_peer(peer),
             on_joined=self._announce_again,
+            on_clock=self._on_clock,
             metrics=self.metrics,
             observer=self.observer,
             rng=rng,
@@ -258,6 +262,12 @@ class Node:
         self.control.discovery.changed()
 
     # ------------------------------------------------------------ health
+    def _on_clock(self, validator: PeerId, ahead_ms: int) -> None:
+        is_off = abs(ahead_ms) > MAX_CLOCK_SKEW_MS
+        way = "ahead of" if ahead_ms > 0 else "behind"
+        text = f"This node's clock is {abs(ahead_ms) / 1000:.1f} s {way} that of validator {validator.short()}."
+        self.health.update("clock_skew", text if is_off else None)
+
     def _set_static_conditions(self) -> None:
         config = self.config
         if config.open:
@@ -280,8 +290,15 @@ class Node:
             book = self.control.book
             self.metrics.set_known(len(book), len(book.models(now)))
             self.health.update("no_validator", self._validators_lost())
+            peers, wanted = len(self.control.connections), self.config.min_peers
+            self.health.update(
+                "few_peers", f"{peers} of {wanted} wanted." if peers < wanted and not self.config.is_validator else None
+            )
             if self.config.is_client:
                 self.health.update("no_executor", None if len(book) else "No model can be asked for.")
+            restarts = self.supervisor.restarts_total
+            keeps_ending = self.supervisor.daemon is None and restarts >= RESTARTS_TO_WARN
+            self.health.update("p2pd_restarting", f"Started again {restarts} times." if keeps_ending else None)
             if not self.config.is_attached and is_stock(self.supervisor):
                 self.health.set(
                     "p2pd_stock", "It is an unmodified p2pd: no NAT traversal, 64 streams a peer, TCP only."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -151,7 +151,7 @@ class Wire(Generic[FrameT]):
         self.stream = stream
         self.received = b""
         """Every byte that came."""
-        self._kind = kind
+        self._kind: type[FrameT] = kind
         self._cutter = FrameCutter()
         self._messages: list[bytes] = []
 
@@ -172,7 +172,8 @@ class Wire(Generic[FrameT]):
                     return None
                 self.received += data
                 self._messages = self._cutter.feed(data)
-        return self._kind.FromString(self._messages.pop(0))
+        message: FrameT = self._kind.FromString(self._messages.pop(0))
+        return message
 
     async def receive_kind(self, kind: str) -> FrameT:
         """The next frame, which has to be of this kind."""
@@ -183,10 +184,8 @@ class Wire(Generic[FrameT]):
 
     async def expect_end(self) -> None:
         """Wait until the far side closes; it may say nothing before."""
-        try:
+        with suppress(StreamClosedError):
             assert await self.receive() is None
-        except StreamClosedError:
-            pass
 
     async def __aenter__(self) -> Wire[FrameT]:
         return self

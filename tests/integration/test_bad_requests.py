@@ -20,11 +20,11 @@ from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.protocol.announcement import seal_announcement
 from lloom_sidecar.protocol.claims import salted_digest, seal_ack, seal_receipt, seal_request
-from lloom_sidecar.protocol.envelope import Signer
+from lloom_sidecar.protocol.envelope import Signer, seal
 from lloom_sidecar.protocol.exchange import BodyReceived, Event, OpenReceived, RequestReceived, ResponderStream, State
 from lloom_sidecar.protocol.framing import frame
 from lloom_sidecar.protocol.hello import HelloDone
-from lloom_sidecar.protocol.names import PROTOCOL_HELLO, PROTOCOL_REQUEST
+from lloom_sidecar.protocol.names import KIND_CHECKPOINT, PROTOCOL_HELLO, PROTOCOL_REQUEST
 from lloom_sidecar.protocol.network_key import NetworkKey
 from lloom_sidecar.protocol.offers import Kind, ModelOffer
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
@@ -80,7 +80,7 @@ class Draft:
     """Another body than the signed one."""
     request: dict[str, Any] = field(default_factory=dict)
     """Fields of the REQUEST frame."""
-    envelope: Callable[[bytes], bytes] = staticmethod(lambda envelope: envelope)
+    envelope: Callable[[bytes], bytes] = bytes
     """What is done to the envelope behind the signature."""
 
     def frames(self, accept: pb.Accept, to: Node, signer: Signer, exchange: int = 1) -> list[pb.Frame]:
@@ -142,7 +142,7 @@ class Watch:
         self._requests = None
 
     async def check(self, *, honest: bool = True) -> None:
-        """Every expected code was counted once, no request got to the backend, none is left over, and the next one is served."""
+        """Every expected code was counted once, the backend saw nothing, nothing is left, the next one is served."""
         for code, before in self._refused.items():
             await until(
                 lambda code=code, before=before: (  # type: ignore[misc]
@@ -159,9 +159,7 @@ class Watch:
             pin = {"x-lloom-pin-executor": self._executor.peer}
             body = {"model": "scripted", "messages": [{"role": "user", "content": "chunks=1"}]}
             client = self._network.client
-            answer = await trio.to_thread.run_sync(
-                lambda: client.post("/v1/chat/completions", body, headers=pin)
-            )
+            answer = await trio.to_thread.run_sync(lambda: client.post("/v1/chat/completions", body, headers=pin))
             assert answer.status_code == 200, answer.text
             assert answer.headers["x-lloom-executor"] == self._executor.peer
 
@@ -291,7 +289,10 @@ RESETS: dict[str, tuple[Callable[[pb.Accept, Node, HandPeer], bytes], str]] = {
     "empty frame": (lambda a, e, h: b"\x00", "unexpected_frame"),
     "oversized prefix": (lambda a, e, h: encode_varint(65_537), "oversize"),
     "prefix that is not minimal": (lambda a, e, h: b"\x80\x00", "bad_frame"),
-    "a second OPEN": (lambda a, e, h: frame(pb.Frame(open=pb.Open(version_major=1)).SerializeToString()), "unexpected_frame"),
+    "a second OPEN": (
+        lambda a, e, h: frame(pb.Frame(open=pb.Open(version_major=1)).SerializeToString()),
+        "unexpected_frame",
+    ),
     "DATA": (lambda a, e, h: frame(pb.Frame(data=b"x").SerializeToString()), "unexpected_frame"),
     "BODY without REQUEST": (lambda a, e, h: frame(pb.Frame(body=b"x").SerializeToString()), "unexpected_frame"),
     "ACK for nothing": (
@@ -580,7 +581,7 @@ HOSTILE: dict[str, Script] = {
     "forged signature": enveloped(lambda play, raw: flip_last(raw)),
     "signed by somebody else": enveloped(lambda play, raw: seal_receipt(play.receipt(), Signer(os.urandom(32)))),
     "signed as another kind": enveloped(
-        lambda play, raw: seal_request(pb.RequestClaims.FromString(play.receipt().SerializeToString()), play.hand.signer)
+        lambda play, raw: seal(KIND_CHECKPOINT, play.receipt().SerializeToString(), play.hand.signer)
     ),
     "an ACK for a receipt": enveloped(lambda play, raw: seal_ack(raw, play.hand.signer)),
     "no END": no_end,
@@ -599,7 +600,7 @@ HOSTILE: dict[str, Script] = {
 async def executor_by_hand(
     network: Network, hand: HandPeer, key: NetworkKey, model: str, script: Script
 ) -> AsyncGenerator[list[str]]:
-    """An executor of ``model`` that the client knows, and that answers every request with ``script``. Gives what was asked."""
+    """An executor of ``model`` that the client knows and that answers with ``script``. Gives what was asked."""
     asked: list[str] = []
 
     async def serve(stream: P2PStream) -> None:
