@@ -54,7 +54,7 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 """Longest path of a unix socket, without its NUL. Source: unix(7), sun_path."""
 
 _CONFIG_VARIABLE: Final = "LLOOM_CONFIG"
-_OTHER_VARIABLES: Final = frozenset({_CONFIG_VARIABLE, "LLOOM_NODE", "LLOOM_P2PD_PREBUILT"})
+_OTHER_VARIABLES: Final = frozenset({_CONFIG_VARIABLE, "LLOOM_CACHE", "LLOOM_NODE", "LLOOM_P2PD_PREBUILT"})
 """Variables of this project that are no settings of a node."""
 _SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP|SCTP)(_|$)|$)")
 """What Kubernetes puts into a pod for every Service, also for one that is called lloom-something."""

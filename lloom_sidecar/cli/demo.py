@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import structlog
 import trio
 
 from lloom_sidecar.admin.client import NodeClient, NodeUnreachableError
@@ -121,6 +123,8 @@ def run_demo(*, once: bool, prompt: str | None, api_port: int, keep: Path | None
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_signal)
+    # The steps below say what a person wants to know; each node's log is in its home.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     members: list[_Member] = []
     began_at = time.monotonic()
     with _root(keep) as root:
@@ -280,6 +284,8 @@ def _explain(
 
 def _invite(client: _Member) -> None:
     base = client.status["api"]["address"]
+    ctl = Path(sys.executable).with_name("lloomctl")
+    ctl = ctl.relative_to(Path.cwd()) if ctl.is_relative_to(Path.cwd()) else ctl
     output.say(
         f"""
 The network is up until Ctrl-C. Try:
@@ -290,7 +296,7 @@ The network is up until Ctrl-C. Try:
   python -c "from openai import OpenAI; print(OpenAI(base_url='{base}/v1', api_key='-').chat.completions.create(
     model='{MODEL}', messages=[dict(role='user', content='Hello')]).choices[0].message.content)"
 
-  lloomctl status          (with the line below in your shell)
+  {ctl} status          (with the line below in your shell)
 
 LLOOM_HOME={client.home}"""
     )

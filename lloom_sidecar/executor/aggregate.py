@@ -30,16 +30,23 @@ class ChunkMerger:
 
     def feed(self, data: bytes) -> None:
         """One event's data. Raises ValueError when it is not a JSON object."""
-        chunk = msgspec.json.decode(data)
+        try:
+            self._merge(msgspec.json.decode(data))
+        except RecursionError as exc:
+            raise ValueError("a chunk that is nested too deeply") from exc
+
+    def _merge(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
             raise ValueError("a chunk that is no JSON object")
-        choices = chunk.pop("choices", None) or []
+        choices = chunk.pop("choices", None)
+        if not isinstance(choices, list | None):
+            raise ValueError("a chunk whose choices are no list")
         if isinstance(chunk.get("usage"), dict):
             self.usage = chunk["usage"]
         for key, value in chunk.items():
             if value is not None or key not in self._top:
                 self._top[key] = value
-        for choice in choices:
+        for choice in choices or ():
             self._merge_choice(choice)
 
     def document(self) -> bytes:
@@ -57,13 +64,12 @@ class ChunkMerger:
     def _finished(self, choice: dict[str, Any]) -> dict[str, Any]:
         done = dict(choice)
         if self._is_chat:
-            message = done.pop("delta", {})
+            message = dict(done.pop("delta", {}))
             message.setdefault("role", "assistant")
             message.setdefault("content", None)
-            for name in ("tool_calls",):
-                if isinstance(message.get(name), dict):
-                    calls = message[name]
-                    message[name] = [{k: v for k, v in calls[i].items() if k != "index"} for i in sorted(calls)]
+            calls = message.get("tool_calls")
+            if isinstance(calls, dict):
+                message["tool_calls"] = [{k: v for k, v in calls[i].items() if k != "index"} for i in sorted(calls)]
             done["message"] = message
         else:
             done.setdefault("text", "")
@@ -79,13 +85,19 @@ class ChunkMerger:
             raise ValueError("a choice whose index is out of range")
         target = self._choices.setdefault(index, {"index": index})
         for key, value in choice.items():
-            if key == "delta" and isinstance(value, dict):
+            if key == "delta":
+                if value is None:
+                    continue
+                if not isinstance(value, dict):
+                    raise ValueError("a delta that is no JSON object")
                 if any(value.get(k) for k in ("content", "reasoning_content", "reasoning", "tool_calls")):
                     self.chunks += 1
-                self._merge_delta(target.setdefault("delta", {}), value)
-            elif key == "text" and isinstance(value, str):
+                _merge_delta(target.setdefault("delta", {}), value)
+            elif key == "text" and value is not None:
+                if not isinstance(value, str):
+                    raise ValueError("a text that is none")
                 self.chunks += bool(value)
-                target["text"] = target.get("text", "") + value
+                _append(target, key, value)
             elif key == "logprobs" and isinstance(value, dict):
                 _merge_logprobs(target, value)
             elif value is not None or key not in target:
@@ -93,35 +105,56 @@ class ChunkMerger:
         if choice.get("finish_reason") is not None:
             self.has_finished = True
 
-    def _merge_delta(self, target: dict[str, Any], delta: dict[str, Any]) -> None:
-        for key, value in delta.items():
-            if key == "tool_calls" and isinstance(value, list):
-                calls = target.setdefault("tool_calls", {})
-                for position, call in enumerate(value):
-                    if isinstance(call, dict):
-                        _merge_call(calls.setdefault(call.get("index", position), {}), call)
-            elif key in _CONCATENATED and isinstance(value, str):
-                target[key] = (target.get(key) or "") + value
-            elif value is not None or key not in target:
-                target[key] = value
+
+def _merge_delta(target: dict[str, Any], delta: dict[str, Any]) -> None:
+    for key, value in delta.items():
+        if key == "tool_calls" and value is not None:
+            if not isinstance(value, list):
+                raise ValueError("tool calls that are no list")
+            calls: dict[int, dict[str, Any]] = _dict_in(target, key)
+            for position, call in enumerate(value):
+                if not isinstance(call, dict):
+                    raise ValueError("a tool call that is no JSON object")
+                index = call.get("index")
+                if not isinstance(index, int | None):
+                    raise ValueError("a tool call whose index is no number")
+                _merge_call(calls.setdefault(position if index is None else index, {}), call)
+        elif key == "function_call" and isinstance(value, dict):
+            _merge_call(_dict_in(target, key), value)
+        elif key in _CONCATENATED and isinstance(value, str):
+            _append(target, key, value)
+        elif value is not None or key not in target:
+            target[key] = value
 
 
 def _merge_call(target: dict[str, Any], call: dict[str, Any]) -> None:
     for key, value in call.items():
         if isinstance(value, dict):
-            _merge_call(target.setdefault(key, {}), value)
+            _merge_call(_dict_in(target, key), value)
         elif key == "arguments" and isinstance(value, str):
-            target[key] = target.get(key, "") + value
+            _append(target, key, value)
         elif value is not None or key not in target:
             target[key] = value
 
 
+def _append(target: dict[str, Any], key: str, text: str) -> None:
+    """Add to a text; many servers begin with null."""
+    before = target.get(key)
+    target[key] = before + text if isinstance(before, str) else text
+
+
+def _dict_in(target: dict[str, Any], key: str) -> dict[Any, Any]:
+    found = target.get(key)
+    if not isinstance(found, dict):
+        found = target[key] = {}
+    return found
+
+
 def _merge_logprobs(target: dict[str, Any], value: dict[str, Any]) -> None:
-    merged = target.get("logprobs")
-    if not isinstance(merged, dict):
-        merged = target["logprobs"] = {}
+    merged = _dict_in(target, "logprobs")
     for key, item in value.items():
         if key in _LISTED and isinstance(item, list):
-            merged[key] = [*(merged.get(key) or []), *item]
+            before = merged.get(key)
+            merged[key] = [*before, *item] if isinstance(before, list) else item
         elif item is not None or key not in merged:
             merged[key] = item

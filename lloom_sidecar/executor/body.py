@@ -8,6 +8,7 @@ Source: PROTOCOL.md, Bodies.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 MAX_TOKEN_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _REMOTE_SCHEMES: Final = ("http:", "https:", "ftp:", "file:", "//")
 _MEDIA_KEYS: Final = frozenset({"image_url", "video_url", "audio_url", "input_image", "file_url", "url"})
+_DROPPED_IN_URLS: Final = dict.fromkeys(range(0x21))
 MAX_JSON_DEPTH: Final = 64
 
 PATHS: Final[dict[int, str]] = {
@@ -92,7 +94,15 @@ def prepare_body(raw: bytes, *, operation: int, model: str, backend_model: str, 
 
 
 def _changed(raw: bytes, document: dict[str, Any], changes: dict[str, Any]) -> bytes:
-    return msgspec.json.encode({**document, **changes}) if changes else raw
+    if not changes:
+        return raw
+    document = {**document, **changes}
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        return json.dumps(document, separators=(",", ":")).encode()  # half a surrogate pair: only escaped can it travel
+    except RecursionError as exc:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from exc
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
@@ -104,12 +114,23 @@ def _parse(raw: bytes) -> dict[str, Any]:
         return fields
 
     try:
-        document = json.loads(raw, object_pairs_hook=checked)
+        document = json.loads(raw.decode(), object_pairs_hook=checked, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
         raise RequestError("the body is not JSON", code="invalid_json") from exc
     if not isinstance(document, dict):
         raise RequestError("the body is not a JSON object", code="invalid_json")
     return document
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is out of range")  # it would reach the backend as null
+    return number
 
 
 def _check_allowed(document: dict[str, Any], policy: BodyPolicy) -> None:
@@ -149,8 +170,16 @@ def _check_media(value: Any, depth: int) -> None:
             _check_media(item, depth + 1)
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key in _MEDIA_KEYS and isinstance(item, str) and item.strip().lower().startswith(_REMOTE_SCHEMES):
+            if key in _MEDIA_KEYS and isinstance(item, str) and _is_remote(item):
                 raise RequestError(
                     "media by remote URL is not served here; send it inline as a data: URL", code="remote_media"
                 )
             _check_media(item, depth + 1)
+
+
+def _is_remote(url: str) -> bool:
+    # URL parsers drop tabs and line ends anywhere and control characters in front, so "ht\ntp:" is http to a backend.
+    # Source: WHATWG URL, section 4.4; Python's urlsplit.
+    if url[:5].lower() == "data:":
+        return False
+    return url.translate(_DROPPED_IN_URLS).lower().startswith(_REMOTE_SCHEMES)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -30,6 +32,7 @@ from lloom_sidecar.errors import (
     RequestError,
     RoutingError,
 )
+from lloom_sidecar.http.errors import HttpClientError
 from lloom_sidecar.http.sse import SseCutter, data_of
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.stream import P2PStream
@@ -75,6 +78,8 @@ MAX_DOCUMENT_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer."""
 DRAIN_ANSWER_S: Final = 1.0
 GOAWAY_LINGER_S: Final = 5.0
+
+_NO_USAGE: Final = re.compile(rb'"usage"\s*:\s*null')
 
 log = structlog.get_logger("lloom.executor")
 
@@ -554,21 +559,21 @@ class _Session:
                 break
             out: list[bytes] = []
             for event in cutter.feed(data):
-                if event[:1] == b":":
-                    continue  # a comment that keeps a connection alive: PING does that here
                 payload = data_of(event)
                 if not payload:
+                    if event[:1] == b":":
+                        continue  # a comment that keeps a connection alive: PING does that here
                     out.append(event)
                     continue
                 if payload == b"[DONE]":
                     is_done = True
                     out.append(event)
                     break
-                if payload.startswith(b'{"error"'):
+                if b'"error"' in payload and _is_error(payload):
                     raise _error_in_stream(payload)
                 if not call.wants_stream:
                     _feed(merger, payload)
-                elif b'"usage"' in payload and b'"usage":null' not in payload:
+                elif b'"usage"' in payload and _NO_USAGE.search(payload) is None:
                     is_usage_only = meter.note_usage(payload)
                     if is_usage_only and call.strips_usage:
                         continue
@@ -582,8 +587,9 @@ class _Session:
                 await self._send_data(job, meter, out[0] if len(out) == 1 else b"".join(out), "text/event-stream")
         if not is_done and (cutter.rest() or not merger.has_finished):
             raise BackendUnavailableError("the backend ended its answer in the middle")
-        with trio.move_on_after(DRAIN_ANSWER_S):
-            # The end of the body lets the connection be used again; whoever keeps it open after [DONE] loses it.
+        with trio.move_on_after(DRAIN_ANSWER_S), suppress(HttpClientError, BackendError):
+            # The end of the body lets the connection be used again; whoever keeps it open after [DONE], or cuts it
+            # there, loses it. The answer is complete either way.
             await answer.receive_some()
         if not call.wants_stream:
             document = merger.document()
@@ -722,6 +728,15 @@ def _feed(merger: ChunkMerger, payload: bytes) -> None:
         merger.feed(payload)
     except (ValueError, msgspec.DecodeError) as exc:
         raise BackendUnavailableError("the backend sent a chunk that cannot be read") from exc
+
+
+def _is_error(payload: bytes) -> bool:
+    """Whether an event is an error document: ``{"error": ...}``, or vLLM's older ``{"object": "error", ...}``."""
+    try:
+        document = msgspec.json.decode(payload)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and (bool(document.get("error")) or document.get("object") == "error")
 
 
 def _error_in_stream(payload: bytes) -> BackendError:

@@ -1,7 +1,7 @@
 """What integration and system tests are written with: a network of real processes that reads like a sentence.
 
-    with Network(validators=1, executors=2, clients=1) as network:
-        answer = network.client.chat("Hello")
+with Network(validators=1, executors=2, clients=1) as network:
+    answer = network.client.chat("Hello")
 """
 
 from .backend import ScriptedBackend

@@ -51,11 +51,12 @@ class ScriptedBackend:
 
     def wait_ended(self, count: int = 1, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """The log, once ``count`` calls have ended."""
-        return wait_until(
+        ended: list[dict[str, Any]] = wait_until(
             lambda: (log := self.requests()) and sum(r["outcome"] is not None for r in log) >= count and log,
             f"{count} ended calls at the backend",
             timeout_s=timeout_s,
         )
+        return ended
 
     def set_models(self, models: list[str]) -> None:
         """What /v1/models lists."""

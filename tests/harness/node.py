@@ -43,8 +43,11 @@ class Node:
         env = {key: value for key, value in os.environ.items() if not key.startswith("LLOOM_") or key in kept}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)]
-                + ["--exit-on-stdin-eof", "--log-format", "json", "--log-level", "debug", "--grace", "5", *self.args],
+                [
+                    *(sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)),
+                    *("--exit-on-stdin-eof", "--log-format", "json", "--log-level", "debug", "--grace", "5"),
+                    *self.args,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

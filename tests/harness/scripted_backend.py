@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Silent."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """Models and the log."""
         if self.path == "/v1/models":
             if STATE["status"] != 200:
@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._json(404, {"error": {"message": "not found"}})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """A call, or a change of the script's state."""
         raw = self.rfile.read(int(self.headers.get("content-length", 0)))
         body = json.loads(raw)
@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             STATE["status"] = body
             self._json(200, {})
             return
-        entry = {"path": self.path, "body": body, "began_at": time.time(), "ended_at": None, "outcome": None, "sent": 0}
+        entry: dict[str, Any] = {"path": self.path, "body": body, "began_at": time.time()}
+        entry |= {"ended_at": None, "outcome": None, "sent": 0}
         with LOCK:
             LOG.append(entry)
         try:
@@ -90,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: dict[str, Any], script: dict[str, int], entry: dict[str, Any]) -> str:
         if "status" in script:
-            self._json(script["status"], {"error": {"message": "scripted refusal", "type": "x", "code": script["status"]}})
+            error = {"message": "scripted refusal", "type": "x", "code": script["status"]}
+            self._json(script["status"], {"error": error})
             return "complete"
         if script.get("silent"):
             self._pause(3600)

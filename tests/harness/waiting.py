@@ -17,8 +17,10 @@ def pause(seconds: float) -> None:
     _POLL.wait(seconds)
 
 
-def wait_until(condition: Callable[[], T], what: str, *, timeout_s: float = 10.0, explain: Callable[[], Any] | None = None) -> Any:
-    """The condition's first true value. Fails the test with ``what`` (and ``explain``) when it does not come in time."""
+def wait_until(
+    condition: Callable[[], T], what: str, *, timeout_s: float = 10.0, explain: Callable[[], Any] | None = None
+) -> Any:
+    """The condition's first true value. Fails the test with ``what`` and ``explain`` when it does not come in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = condition()

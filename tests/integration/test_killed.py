@@ -1,8 +1,9 @@
-"""Processes that end in the middle of an answer, killed or asked to: what the application sees, and what comes after."""
+"""Processes that end in the middle of an answer, killed or asked to: what the application sees and what comes after."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -86,14 +88,26 @@ def assert_served_by(network: Network, peer: str) -> None:
 
 
 def wait_used(network: Network, peer: str) -> None:
-    """Until the client's own choice falls on this executor: being known is not enough."""
+    """Until the client's own choice falls on this executor: being known is not enough.
 
-    def is_used() -> bool:
-        answer = network.client.chat("chunks=1")
+    A failure makes it count as slow for a while, so it is used when the other one has something to do: twelve
+    conversations at once, none of which begins like another, with answers that begin as late as a model's do.
+    """
+
+    numbers = itertools.count()
+
+    def ask(number: int) -> str:
+        answer = network.client.chat(f"{number} chunks=1 first_ms=400")
         assert answer.status_code == 200, answer.text
-        return bool(answer.headers["x-lloom-executor"] == peer)
+        return str(answer.headers["x-lloom-executor"])
 
-    wait_until(is_used, f"{peer} to be used again", timeout_s=BACK_S, explain=network.client.log_tail)
+    with ThreadPoolExecutor(12) as threads:
+        wait_until(
+            lambda: peer in set(threads.map(ask, itertools.islice(numbers, 12))),
+            f"{peer} to be used again",
+            timeout_s=BACK_S,
+            explain=network.client.log_tail,
+        )
 
 
 @pytest.mark.parametrize("what", ["sidecar", "p2pd", "backend"])

@@ -103,14 +103,18 @@ def test_a_backends_own_failure_moves_on_and_then_says_so(network: Network, stat
 
 
 def test_a_cut_answer_never_looks_finished(network: Network) -> None:
-    with network.client.stream("chunks=10 cut=4 delay_ms=5") as answer:
-        events = []
-        with pytest.raises(httpx.RemoteProtocolError):
+    events: list[str] = []
+
+    def read_all() -> None:
+        with network.client.stream("chunks=10 cut=4 delay_ms=5") as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     events.append(line[6:])
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        read_all()
     assert "[DONE]" not in events
-    assert "finish_reason\":\"" not in "".join(events)
+    assert 'finish_reason":"' not in "".join(events)
     error = json.loads(events[-1])["error"]
     assert error["lloom"]["code"] == "backend_unavailable"
 

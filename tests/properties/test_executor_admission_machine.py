@@ -91,5 +91,5 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert (self.state.working, self.state.queued) == (0, 0)
 
 
-AdmissionMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+AdmissionMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestAdmission = AdmissionMachine.TestCase

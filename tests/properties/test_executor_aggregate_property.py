@@ -86,7 +86,7 @@ def streams(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return document, chunks
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(streams())
 def test_merging_a_split_document_gives_the_document(stream: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:
     document, chunks = stream
@@ -97,7 +97,7 @@ def test_merging_a_split_document_gives_the_document(stream: tuple[dict[str, Any
     assert merger.has_finished
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=6), st.integers(1, 3))
 def test_completions_too(pieces: list[str], n: int) -> None:
     merger = ChunkMerger(is_chat=False)
@@ -117,14 +117,14 @@ NOISE = st.recursive(
         inner,
         max_size=4,
     ),
-    max_leaves=10,
+    max_leaves=6,
 )
 CHUNK = st.fixed_dictionaries(
-    {"choices": NOISE | st.lists(st.fixed_dictionaries({"index": st.integers(0, 1), "delta": NOISE, "text": NOISE}))}
+    {"choices": NOISE | st.lists(st.fixed_dictionaries({"index": st.integers(0, 1), "delta": NOISE, "text": NOISE}), max_size=2)}
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.booleans(), st.lists(CHUNK, max_size=4))
 def test_strange_chunks_are_merged_or_refused(is_chat: bool, chunks: list[dict[str, Any]]) -> None:
     merger = ChunkMerger(is_chat=is_chat)

@@ -41,7 +41,7 @@ def prepare(raw: bytes, operation: int, backend_model: str) -> Any:
     return prepare_body(raw, operation=operation, model="m", backend_model=backend_model, policy=BodyPolicy())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(FIELDS, st.booleans(), st.booleans(), st.sampled_from([None, 2, 8]))
 def test_untouched_bytes_when_nothing_needs_a_change(
     fields: dict[str, Any], ascii_only: bool, spaced: bool, indent: int | None
@@ -57,7 +57,7 @@ def test_untouched_bytes_when_nothing_needs_a_change(
     assert prepare(raw, pb.OPERATION_CHAT, "m").body == raw
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(FIELDS, st.sampled_from(["m", "real"]), st.sampled_from([True, False, None]), st.sampled_from([None, 5]))
 def test_the_same_meaning_otherwise(
     fields: dict[str, Any], backend_model: str, stream: bool | None, max_tokens: int | None
@@ -72,7 +72,7 @@ def test_the_same_meaning_otherwise(
     assert sent["max_tokens"] == max_tokens or max_tokens is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_garbage_raises_nothing_else(raw: bytes) -> None:
     try:
