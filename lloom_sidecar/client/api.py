@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -17,18 +18,23 @@ import structlog
 import trio
 
 from lloom_sidecar.errors import (
+    PASS_THROUGH_STATUSES,
     DaemonUnavailableError,
     LloomError,
     NoExecutorError,
     PeerTimeoutError,
+    RefusedError,
     RequestError,
     UnknownModelError,
 )
+from lloom_sidecar.http.errors import ClientDisconnectedError, HttpServerError
 from lloom_sidecar.http.server import Request, Response
 from lloom_sidecar.ids import PeerId, check_model_id
 from lloom_sidecar.link.exchange import Call, Exchange
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
+from lloom_sidecar.protocol.claims import MAX_TRACEPARENT_BYTES
+from lloom_sidecar.protocol.offers import Price
 
 from .openai import (
     OPERATION_OF_PATH,
@@ -43,6 +49,9 @@ from .router import Route, Router
 
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
+_APPLICATIONS_OWN: Final = PASS_THROUGH_STATUSES | {402, 429}
+"""Statuses below 500 that an executor's refusal may have for the application. Any other one would mislead it: a backend's
+401 is about the key that its executor has, not about the application's, and its 404 is no word on the network's models."""
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer that is held until its receipt was verified."""
 _JSON: Final = (b"content-type", b"application/json")
@@ -82,6 +91,8 @@ class ApiSettings:
     """When not empty, ``Authorization: Bearer`` must be one of them."""
     deadline_s: float = DEFAULT_DEADLINE_S
     policy: Policy = Policy.ADAPTIVE
+    max_price: Price | None = None
+    """Ceiling for every request that brings none of its own; None = none."""
 
 
 class OpenAiApi:
@@ -103,7 +114,7 @@ class OpenAiApi:
         self._started_at_s = started_at_s
 
     async def __call__(self, request: Request, response: Response) -> None:
-        """Serve one HTTP request. Never raises but on cancellation, which means that the application left."""
+        """Serve one HTTP request. Raises ClientDisconnectedError only, when the application left while it was written to."""
         path = request.path
         operation = OPERATION_OF_PATH.get(path)
         try:
@@ -124,6 +135,8 @@ class OpenAiApi:
                     code="not_found",
                     http_status=404,
                 )
+        except ClientDisconnectedError:
+            raise  # the server closes the connection
         except LloomError as exc:
             await _send_error(response, exc)
 
@@ -171,11 +184,16 @@ class OpenAiApi:
         try:
             await self._serve(request, response, operation, route, request_id)
             code = "ok"
+        except ClientDisconnectedError:
+            raise  # counted as cancelled
         except LloomError as exc:
             code = exc.code
+            if isinstance(exc, RefusedError) and exc.http_status < 500 and exc.http_status not in _APPLICATIONS_OWN:
+                exc.http_status = 502
             if response.started:
                 # Too late for a status: say it where a client of the stream looks, then end without HTTP's last chunk.
-                await response.write(error_event(exc, route.attempts))
+                with suppress(HttpServerError):  # nobody reads it, or the deadline has cut a write already
+                    await response.write(error_event(exc, route.attempts))
                 response.abort()
             else:
                 await _send_error(response, exc, route)
@@ -211,9 +229,14 @@ class OpenAiApi:
             body=body,
             deadline_ms=round(settings.deadline_s * 1000),
             idempotency_key=(request.header("idempotency-key") or "").encode()[:128],
-            traceparent=(request.header("traceparent") or "")[:64],
+            traceparent=_traceparent(request),
+            max_cost=_max_cost(request),
         )
-        wanted = Wanted(model=asked.model, pinned=self._pinned(request))
+        wanted = Wanted(
+            model=asked.model,
+            pinned=self._pinned(request),
+            max_price=_max_price(request) or settings.max_price,
+        )
         streams = asked.stream and operation in STREAMED_OPERATIONS
 
         async def use(route: Route, exchange: Exchange) -> None:
@@ -266,6 +289,33 @@ class OpenAiApi:
     async def _method_not_allowed(self, response: Response, allowed: str) -> None:
         error = RequestError(f"this path takes {allowed}", code="method_not_allowed", http_status=405)
         await response.send(405, [_JSON, (b"allow", allowed.encode())], error_document(error))
+
+
+def _traceparent(request: Request) -> str:
+    """The request's W3C trace context, empty when it is none: every executor would refuse it."""
+    text = request.header("traceparent") or ""
+    return text if len(text) <= MAX_TRACEPARENT_BYTES and text.isascii() and text.isprintable() else ""
+
+
+def _max_price(request: Request) -> Price | None:
+    """``x-lloom-max-price: PROMPT/COMPLETION CURRENCY``, minor units per million tokens. Raises RequestError."""
+    text = request.header("x-lloom-max-price")
+    if not text:
+        return None
+    try:
+        return Price.parse(text)
+    except ValueError as exc:
+        raise RequestError(f"x-lloom-max-price: {exc}") from exc
+
+
+def _max_cost(request: Request) -> int | None:
+    """``x-lloom-max-cost: N``, minor units. Raises RequestError."""
+    text = request.header("x-lloom-max-cost")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise RequestError(f"x-lloom-max-cost: {text[:40]!r} is not a whole number of minor units such as 25")
+    return int(text)
 
 
 def _explain(route: Route, exchange: Exchange, call: Call) -> list[tuple[bytes, bytes]]:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from lloom_sidecar.errors import LloomError, RefusedError
-from lloom_sidecar.http.sse import SseCutter
+from lloom_sidecar.errors import LloomError, RefusedError, RemoteProtocolError
+from lloom_sidecar.http.sse import SseCutter, data_of
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 OPERATION_OF_PATH: Final = {
@@ -23,10 +23,11 @@ OPERATION_OF_PATH: Final = {
 }
 STREAMED_OPERATIONS: Final = frozenset({pb.OPERATION_CHAT, pb.OPERATION_COMPLETIONS})
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
+MAX_HELD_BYTES: Final = 16 * 1024 * 1024
+"""Most that an executor may send behind what looks like the end of its answer."""
 
 _FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*"')
 """A finish_reason that is set. Inside a JSON string its quotes would be escaped, so text cannot imitate it."""
-_DONE: Final = re.compile(rb"^data:[ ]?\[DONE\]", re.MULTILINE)
 
 _TYPES: Final = {
     400: "invalid_request_error",
@@ -111,7 +112,7 @@ def error_document(error: LloomError, attempts: Sequence[Attempt] = ()) -> bytes
 def _backend_error(body: bytes) -> dict[str, Any]:
     try:
         document = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(document, dict):
         return {}
@@ -146,29 +147,45 @@ class TailHolder:
     would take a cut answer for a whole one. Everything before goes out as it came.
     """
 
-    __slots__ = ("_cutter", "_finished", "_held", "_n")
+    __slots__ = ("_cutter", "_finished", "_held", "_held_bytes", "_n")
 
     def __init__(self, n: int = 1) -> None:
         self._n = n
         self._finished = 0
         self._held: list[bytes] = []
+        self._held_bytes = 0
         self._cutter = SseCutter(MAX_EVENT_BYTES)
 
     def feed(self, data: bytes) -> bytes:
-        """Bytes of the answer; returns those that may go to the application now."""
+        """Bytes of the answer; returns those that may go to the application now.
+
+        Raises:
+            SseError: one event is over 4 MiB.
+            RemoteProtocolError: what had to be held is over 16 MiB.
+        """
         events = self._cutter.feed(data)
         if self._held:
-            self._held.extend(events)
+            self._hold(events)
             return b""
-        if b'"finish_reason"' not in data and b"[DONE]" not in data and not self._finished:
-            return b"".join(events) if len(events) != 1 else events[0]
+        ready = events[0] if len(events) == 1 else b"".join(events)
+        if b'"finish_reason"' not in ready and b"[DONE]" not in ready:
+            return ready
         for index, event in enumerate(events):
+            is_done = False
             if b'"finish_reason"' in event:
-                self._finished += len(_FINISH.findall(event))
-            if self._finished >= self._n or _DONE.search(event):
-                self._held = list(events[index:])
+                self._finished += len(_FINISH.findall(data_of(event)))
+            if b"[DONE]" in event:
+                is_done = data_of(event).startswith(b"[DONE]")
+            if is_done or self._finished >= self._n:
+                self._hold(events[index:])
                 return b"".join(events[:index])
-        return b"".join(events)
+        return ready
+
+    def _hold(self, events: list[bytes]) -> None:
+        self._held += events
+        self._held_bytes += sum(map(len, events))
+        if self._held_bytes > MAX_HELD_BYTES:
+            raise RemoteProtocolError("an answer that goes on behind its end", code="oversize")
 
     def release(self) -> bytes:
         """The receipt holds: everything that was held, and an unterminated rest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -18,8 +19,10 @@ from lloom_sidecar.errors import (
     PeerBusyError,
     PeerTimeoutError,
     RefusedError,
+    RequestError,
     UnknownModelError,
 )
+from lloom_sidecar.http.errors import HttpServerError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Call, Exchange, Receipt, open_exchange
 from lloom_sidecar.link.stream_pool import StreamPool
@@ -29,6 +32,7 @@ from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Choice, Filtered, Policy, Wanted, choose
 from lloom_sidecar.protocol.envelope import Signer
 
+from .market import HeldQuote
 from .openai import Attempt
 
 MAX_ATTEMPTS: Final = 8
@@ -81,8 +85,12 @@ class Router:
         catalogue_is_complete: Callable[[], bool],
         observer: RouterObserver,
         rng: random.Random,
+        quote_of: Callable[[PeerId, str], HeldQuote | None] = lambda peer, model: None,
+        exchange_with: Callable[
+            [StreamPool, Signer, PeerId, Call], AbstractAsyncContextManager[Exchange]
+        ] = open_exchange,
     ) -> None:
-        """``look_up``: searches the network for a model, within its own deadline."""
+        """``look_up``: searches the network for a model within its own deadline. ``quote_of``: a promise that holds."""
         self._pool = pool
         self._signer = signer
         self._book = book
@@ -92,6 +100,8 @@ class Router:
         self._catalogue_is_complete = catalogue_is_complete
         self._observer = observer
         self._rng = rng
+        self._quote_of = quote_of
+        self._exchange_with = exchange_with
 
     async def run(
         self,
@@ -147,7 +157,10 @@ class Router:
         *,
         has_others: bool,
     ) -> LloomError | None:
-        """One executor. Returns why it failed, None when it answered; ``use``'s own errors count as its."""
+        """One executor. Returns why it failed, None when it answered.
+
+        What ``use`` raises counts as its failure, but for an application that left or asked for what cannot be served.
+        """
         peer = view.peer
         began_at = trio.current_time()
         stage = "open"
@@ -163,9 +176,8 @@ class Router:
             with trio.move_on_after(budget_s) as waiting:
                 await self._ensure_connected(peer)
                 stage = "first_byte"
-                async with open_exchange(
-                    self._pool, self._signer, peer, replace(call, max_price=view.offer.price)
-                ) as exchange:
+                priced = self._priced(call, view)
+                async with self._exchange_with(self._pool, self._signer, peer, priced) as exchange:
                     waiting.deadline = float("inf")
                     stage = "answer"
                     route.first_at = trio.current_time()
@@ -177,8 +189,8 @@ class Router:
                     f"{peer.short()} gave no first byte within {budget_s:.1f} s", code="first_byte_timeout"
                 )
             outcome = Outcome.OK
-        except DaemonUnavailableError:
-            raise
+        except (DaemonUnavailableError, HttpServerError, RequestError):
+            raise  # p2pd is away, the application left, or its request cannot be served: no executor's fault
         except LloomError as exc:
             failure = exc
             outcome = Outcome.OK
@@ -199,6 +211,13 @@ class Router:
         route.attempts.append(Attempt(str(peer), stage, failure.code, (now - began_at) * 1000, failure.message))
         self._observer.attempt_failed(peer, call.model, failure, stage)
         return failure
+
+    def _priced(self, call: Call, view: ExecutorView) -> Call:
+        """The call with what this executor may charge: its promise if it gave one, else what it announced."""
+        quote = self._quote_of(view.peer, call.model)
+        if quote is None:
+            return replace(call, max_price=view.offer.price)
+        return replace(call, max_price=quote.price, quote_id=quote.quote_id)
 
     def _choose(self, wanted: Wanted, policy: Policy) -> Choice:
         return choose(

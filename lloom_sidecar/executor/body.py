@@ -59,10 +59,19 @@ class BackendCall:
     """The usage chunk was added by us and is removed from a streamed answer."""
 
 
-def prepare_body(raw: bytes, *, operation: int, model: str, backend_model: str, policy: BodyPolicy) -> BackendCall:
+def prepare_body(
+    raw: bytes,
+    *,
+    operation: int,
+    model: str,
+    backend_model: str,
+    policy: BodyPolicy,
+    affordable_tokens: int | None = None,
+) -> BackendCall:
     """Check a body against the signed request and this executor's policy, and make it the backend's.
 
-    Bytes that need no change are passed on as they are; unknown fields always stay.
+    Bytes that need no change are passed on as they are; unknown fields always stay. ``affordable_tokens``: most
+    completion tokens, of all choices together, that the request's max cost pays for; None = no such limit.
 
     Raises:
         RequestError: 400 with a sentence; codes invalid_json, repeated_key, model_mismatch, remote_media, not_allowed,
@@ -80,8 +89,7 @@ def prepare_body(raw: bytes, *, operation: int, model: str, backend_model: str, 
         if wants_stream:
             raise RequestError("embeddings cannot be streamed", code="not_allowed")
         return BackendCall(PATHS[operation], _changed(raw, document, changes), False, False, False)
-    if all(document.get(name) is None for name in MAX_TOKEN_FIELDS):
-        changes["max_tokens"] = min(policy.default_max_tokens, policy.max_tokens)
+    changes |= _token_limits(document, policy, affordable_tokens)
     if not wants_stream:
         changes["stream"] = True
     options = document.get("stream_options")
@@ -91,6 +99,20 @@ def prepare_body(raw: bytes, *, operation: int, model: str, backend_model: str, 
     return BackendCall(
         PATHS[operation], _changed(raw, document, changes), wants_stream, True, wants_stream and not has_usage
     )
+
+
+def _token_limits(document: dict[str, Any], policy: BodyPolicy, affordable_tokens: int | None) -> dict[str, int]:
+    """The limits on the answer's tokens that the body has to get or to change."""
+    limit = policy.max_tokens
+    if affordable_tokens is not None:
+        choices = max(int(document.get("n") or 1), int(document.get("best_of") or 1))
+        limit = min(limit, affordable_tokens // choices)
+        if limit < 1:
+            raise RequestError("the max cost does not pay for one token of each choice", code="limit", http_status=402)
+    given = [name for name in MAX_TOKEN_FIELDS if document.get(name) is not None]
+    if not given:
+        return {"max_tokens": min(policy.default_max_tokens, limit)}
+    return {name: limit for name in given if document[name] > limit}
 
 
 def _changed(raw: bytes, document: dict[str, Any], changes: dict[str, Any]) -> bytes:

@@ -264,6 +264,11 @@ class Response:
         """Whether the whole answer was sent."""
         return self._state == _DONE
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether the answer was cut, on purpose or by the client."""
+        return self._state == _ABORTED
+
     async def send(self, status: int, headers: Sequence[tuple[bytes, bytes]] = (), body: bytes = b"") -> None:
         """The whole answer with its Content-Length. To a HEAD request the body is not sent."""
         head = self._head(status, headers, len(body))
@@ -532,7 +537,7 @@ class _Connection:
                 await server.handler(request, response)
                 if not response.started:
                     raise HttpUsageError("the handler returned without an answer")
-                if not response.is_complete:
+                if not response.is_complete and not response.is_aborted:
                     response.abort()
                     server.report(HttpUsageError("the handler returned before the answer's end"), request)
         except Exception as exc:  # noqa: BLE001 - whatever the handler does ends its request only; it is reported

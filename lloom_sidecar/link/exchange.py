@@ -13,7 +13,7 @@ import trio
 
 from lloom_sidecar.errors import PeerUnreachableError, RefusedError, RemoteProtocolError, StreamLostError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.protocol.claims import check_receipt, salted_digest, seal_ack, seal_request
+from lloom_sidecar.protocol.claims import check_receipt, price_message, salted_digest, seal_ack, seal_request
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.exchange import (
     SALT_BYTES,
@@ -49,7 +49,11 @@ class Call:
     deadline_ms: int
     """How long the answer may take as a whole, from now."""
     max_price: Price = FREE
+    """Ceiling; with ``quote_id`` the quoted price."""
     max_cost: int | None = None
+    """Minor units of the price's currency; None = no limit of its own."""
+    quote_id: bytes = b""
+    """A promise that the addressed executor gave this node."""
     priority: int = 0
     idempotency_key: bytes = b""
     traceparent: str = ""
@@ -103,7 +107,7 @@ class Exchange:
                 event = self._events.pop(0)
                 if isinstance(event, DataReceived):
                     pieces.append(event.data)
-                elif isinstance(event, EndReceived) and pieces:
+                elif isinstance(event, EndReceived | ErrorReceived) and pieces:
                     self._events.insert(0, event)
                     break
                 else:
@@ -232,11 +236,8 @@ async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exc
         operation=call.operation,  # type: ignore[arg-type]
         model=call.model,
         body_digest=salted_digest(salt, call.body),
-        max_price=pb.Price(
-            prompt_per_million=call.max_price.prompt_per_million,
-            completion_per_million=call.max_price.completion_per_million,
-            currency=call.max_price.currency,
-        ),
+        max_price=price_message(call.max_price),
+        quote_id=call.quote_id,
         max_cost=call.max_cost or 0,
         max_cost_set=call.max_cost is not None,
         priority=call.priority,

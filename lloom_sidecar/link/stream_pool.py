@@ -155,9 +155,12 @@ class StreamPool:
         say_hello: Callable[[PeerId], Awaitable[None]],
         *,
         now_ms: Callable[[], int],
+        on_use: Callable[[PeerId, bool], None] = lambda peer, is_used: None,
     ) -> None:
+        """``on_use(peer, True)`` when streams to a peer begin to be held, ``False`` when the last of them is gone."""
         self._get_daemon = get_daemon
         self._say_hello = say_hello
+        self._on_use = on_use
         self.now_ms = now_ms
         self._peers: dict[PeerId, _PeerStreams] = {}
         self._in_use: set[Link] = set()
@@ -205,7 +208,10 @@ class StreamPool:
         """
         while True:
             # Asked anew after each wait: the sweep forgets a peer without streams.
-            streams = self._peers.setdefault(peer, _PeerStreams())
+            streams = self._peers.get(peer)
+            if streams is None:
+                streams = self._peers[peer] = _PeerStreams()
+                self._on_use(peer, True)
             if not fresh:
                 link = self._take_idle(streams)
                 if link is not None:
@@ -342,6 +348,7 @@ class StreamPool:
                 self._close_idle(streams, link)
             if streams.open_count == 0 and not streams.waiting:
                 del self._peers[peer]
+                self._on_use(peer, False)
         for link in list(self._in_use):
             self._watch(link, now)
 

@@ -15,7 +15,8 @@ from lloom_sidecar.errors import ReceiptError, RemoteProtocolError
 from lloom_sidecar.ids import PeerId, check_model_id
 
 from .envelope import Signer, open_envelope, seal
-from .names import KIND_ACK, KIND_RECEIPT, KIND_REQUEST
+from .names import KIND_ACK, KIND_QUOTE, KIND_RECEIPT, KIND_REQUEST
+from .offers import Price
 from .pb import lloom_pb2 as pb
 
 MAX_REQUEST_AGE_MS: Final = 60_000
@@ -26,7 +27,19 @@ MAX_KEY_BYTES: Final = 128
 MAX_TRACEPARENT_BYTES: Final = 64
 MAX_CURRENCY_CHARACTERS: Final = 8
 
-OPERATIONS_SERVED: Final = frozenset({pb.OPERATION_CHAT, pb.OPERATION_COMPLETIONS, pb.OPERATION_EMBEDDINGS})
+OPERATIONS_SERVED: Final = frozenset(
+    {
+        pb.OPERATION_CHAT,
+        pb.OPERATION_COMPLETIONS,
+        pb.OPERATION_EMBEDDINGS,
+        pb.OPERATION_MODELS,
+        pb.OPERATION_QUOTE,
+    }
+)
+ANY_MODEL: Final = "*"
+"""The model of a query for everything that an executor offers."""
+QUOTE_CONTENT_TYPE: Final = "application/vnd.lloom.quote"
+"""HEAD's content type of an answer that is an envelope of kind quote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +131,50 @@ def check_ack(envelope: bytes, *, client: PeerId, receipt: bytes) -> None:
         raise RemoteProtocolError("an ACK whose claims cannot be read", code="bad_ack") from exc
     if claims.receipt_digest != hashlib.sha256(receipt).digest():
         raise RemoteProtocolError("an ACK for another receipt", code="bad_ack")
+
+
+def price_message(price: Price) -> pb.Price:
+    """A price as the wire carries it."""
+    return pb.Price(
+        prompt_per_million=price.prompt_per_million,
+        completion_per_million=price.completion_per_million,
+        currency=price.currency,
+    )
+
+
+def is_under(price: Price, ceiling: pb.Price) -> bool:
+    """True when ``price`` is free, or in the ceiling's currency and not over it in either part."""
+    return price.is_free or (
+        price.currency == ceiling.currency
+        and price.prompt_per_million <= ceiling.prompt_per_million
+        and price.completion_per_million <= ceiling.completion_per_million
+    )
+
+
+def seal_quote(claims: pb.QuoteClaims, signer: Signer) -> bytes:
+    """Sign a promise of a price."""
+    return seal(KIND_QUOTE, claims.SerializeToString(), signer)
+
+
+def check_quote(envelope: bytes, *, client: PeerId, executor: PeerId, model: str) -> pb.QuoteClaims:
+    """Check a quote of ``executor`` for ``client`` and ``model``. Whether it still holds is the executor's to say.
+
+    Raises RemoteProtocolError (bad_envelope, bad_signature, wrong_signer, bad_quote).
+    """
+    opened = open_envelope(envelope, KIND_QUOTE, expected_signer=executor)
+    try:
+        claims = pb.QuoteClaims.FromString(opened.payload)
+    except DecodeError as exc:
+        raise RemoteProtocolError("a quote whose claims cannot be read", code="bad_quote") from exc
+    if (
+        claims.client != client.raw
+        or claims.executor != executor.raw
+        or claims.model != model
+        or not 0 < len(claims.quote_id) <= MAX_KEY_BYTES
+        or claims.valid_until_ms <= claims.issued_at_ms
+    ):
+        raise RemoteProtocolError("a quote for something else than was asked", code="bad_quote")
+    return claims
 
 
 def cost_of(price: pb.Price, usage: pb.Usage) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from lloom_sidecar.ids import Multiaddr, PeerId
@@ -15,6 +16,21 @@ class Price:
     completion_per_million: int = 0
     currency: str = ""
     """ISO 4217 code or a network's own word, at most 8 characters; empty when free."""
+
+    @classmethod
+    def parse(cls, text: str) -> Price:
+        """From ``PROMPT/COMPLETION CURRENCY``, e.g. ``15/60 EUR``, or ``free``. Raises ValueError with a sentence."""
+        if text.strip() == "free":
+            return cls()
+        found = re.fullmatch(r"\s*(\d{1,12})/(\d{1,12})\s+([A-Za-z0-9]{1,8})\s*", text, re.ASCII)
+        if found is None:
+            raise ValueError(
+                f"{text[:60]!r} is not a price such as 15/60 EUR (prompt/completion per million tokens), or free"
+            )
+        return cls(int(found[1]), int(found[2]), found[3])
+
+    def __str__(self) -> str:
+        return "free" if self.is_free else f"{self.prompt_per_million}/{self.completion_per_million} {self.currency}"
 
     @property
     def is_free(self) -> bool:

@@ -1,0 +1,48 @@
+"""What an executor tells its node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lloom_sidecar.ids import PeerId
+
+
+class ExecutorObserver(Protocol):
+    """What the node wants to know of served requests; every method is quick and raises nothing."""
+
+    def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:
+        """A request passed every check; exactly one ``request_ended`` follows."""
+
+    def request_ended(
+        self,
+        peer: PeerId,
+        request_id: bytes,
+        model: str,
+        code: str,
+        seconds: float,
+        first_s: float | None,
+        tokens: int,
+    ) -> None:
+        """It ended: ``ok``, ``cancelled`` or an error's code."""
+
+    def refused(self, code: str) -> None:
+        """A request or a stream was refused, or a request failed, with this code."""
+
+    def receipt_made(self, served: ServedReceipt) -> None:
+        """A receipt was signed, or (with ``ack``) countersigned."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedReceipt:
+    """A receipt that this executor gave, and the client's countersignature once it came."""
+
+    client: PeerId
+    request_id: bytes
+    exchange: int
+    """Number of the exchange on its stream."""
+    model: str
+    request: bytes = field(repr=False)
+    receipt: bytes = field(repr=False)
+    salt: bytes = field(repr=False)
+    ack: bytes | None = field(default=None, repr=False)
