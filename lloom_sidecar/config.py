@@ -243,6 +243,10 @@ def _currency(value: Any) -> str:
     return text
 
 
+def _price(value: Any) -> Price:
+    return Price.parse(_text(value))
+
+
 def _peer(value: Any) -> PeerId:
     return PeerId.parse(_text(value))
 
@@ -470,6 +474,16 @@ class Config:
             many=True,
         ),
     )
+    max_price: Price | None = field(
+        default=None,
+        metadata=_about(
+            _Kind("price", "PROMPT/COMPLETION CURRENCY", _price),
+            "--max-price",
+            "api",
+            "Ceiling per million tokens in minor units, for instance '15/60 EUR', or 'free'; a request's own header "
+            "x-lloom-max-price goes before it. Nobody under it: 402. Not set = whatever is announced.",
+        ),
+    )
     max_body_bytes: int = field(
         default=32 << 20,
         metadata=_about(
@@ -548,6 +562,52 @@ class Config:
             "--min-peers",
             "network",
             "With fewer connected peers the node dials validators again and shows a health condition.",
+        ),
+    )
+    mdns: bool = field(
+        default=False,
+        metadata=_about(
+            _SWITCH,
+            "--mdns",
+            "network",
+            "Find other nodes on the local link by multicast DNS; whoever is found still has to prove the network.",
+        ),
+    )
+    rebootstrap_s: float = field(
+        default=300.0,
+        metadata=_about(
+            _seconds(1, 86_400),
+            "--rebootstrap",
+            "network",
+            "Interval at which validators that are not connected are dialled anew, and without any of them the peers "
+            "of earlier; with fewer than min_peers at once.",
+        ),
+    )
+    refresh_s: float = field(
+        default=600.0,
+        metadata=_about(
+            _seconds(1, 86_400),
+            "--refresh",
+            "network",
+            "Interval at which the DHT's routing table is refreshed by a walk to this node's id and to a random key.",
+        ),
+    )
+    connections_low: int = field(
+        default=400,
+        metadata=_about(
+            _whole(1, 100_000),
+            "--connections-low",
+            "network",
+            "Connections that p2pd keeps when it closes some; validators and peers in use stay first of all.",
+        ),
+    )
+    connections_high: int = field(
+        default=600,
+        metadata=_about(
+            _whole(1, 100_000),
+            "--connections-high",
+            "network",
+            "Connections above which p2pd closes those that matter least, down to connections_low.",
         ),
     )
     heartbeat_s: float = field(
@@ -1017,6 +1077,11 @@ class _Loader:
             self._faults.append(
                 f"this node belongs to no network ({path} does not exist): run `lloomctl network create` for a new "
                 "one, or `lloomctl network join FILE` with an invite; --open deals with any network"
+            )
+
+        if config.connections_low > config.connections_high:
+            self._faults.append(
+                f"connections_low ({config.connections_low}) is over connections_high ({config.connections_high})"
             )
 
     def _check_p2pd(self, config: Config) -> None:

@@ -91,6 +91,12 @@ CONDITION_KINDS: Final = (
         "Check that this machine reaches the network; min_peers is the wanted number.",
     ),
     ConditionKind(
+        "other_version",
+        "peers of another major version",
+        Severity.WARNING,
+        "Upgrade the older side: peers of different major versions do not deal with each other.",
+    ),
+    ConditionKind(
         "clock_skew",
         "the clock is off",
         Severity.WARNING,

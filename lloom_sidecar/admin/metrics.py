@@ -99,6 +99,15 @@ class Metrics:
         self._dropped = Counter(
             "lloom_announcements_dropped", "Announcements that were not believed, by reason.", ("reason",), registry=reg
         )
+        self._status_dropped = Counter(
+            "lloom_statuses_dropped", "Network statuses that were not believed, by reason.", ("reason",), registry=reg
+        )
+        self._banned = Counter(
+            "lloom_peers_banned",
+            "Peers kept away for ten minutes for their gossip, by reason.",
+            ("reason",),
+            registry=reg,
+        )
         self._in_flight = Gauge("lloom_requests_in_flight", "Requests under way.", ("role",), registry=reg)
         self._queued = Gauge("lloom_queued_requests", "Requests of peers that wait for a slot.", registry=reg)
         self._slots = Gauge("lloom_slots", "Requests that the backend works on at once.", registry=reg)
@@ -146,6 +155,14 @@ class Metrics:
     def announcement_dropped(self, reason: str) -> None:
         """An announcement was not believed; ``reason`` is ``AnnouncementError.reason``."""
         self._dropped.labels(self._reasons.bounded(reason)).inc()
+
+    def status_dropped(self, reason: str) -> None:
+        """A network status was not believed; ``reason`` as for announcements, or ``network``: another one's."""
+        self._status_dropped.labels(self._reasons.bounded(reason)).inc()
+
+    def peer_banned(self, reason: str) -> None:
+        """A peer is kept away for what it published: ``rate``, ``size``, ``signature``, ..."""
+        self._banned.labels(self._reasons.bounded(reason)).inc()
 
     # --- requests
 

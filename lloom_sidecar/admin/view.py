@@ -77,6 +77,53 @@ class ValidatorInfo(TypedDict):
     connected: bool
 
 
+class PriceInfo(TypedDict):
+    """Integer minor units per million tokens."""
+
+    prompt_per_million: int
+    completion_per_million: int
+    currency: str
+    """Empty when free."""
+
+
+class ModelStatusInfo(TypedDict):
+    """One model, as a validator sees it."""
+
+    id: str
+    executors: int
+    slots: int
+    """Sum over them."""
+    median_price: PriceInfo
+    """Each part the lower median over those that charge in the currency that most of them use."""
+
+
+class SoftwareInfo(TypedDict):
+    """A version and how many nodes have it."""
+
+    software: str
+    nodes: int
+
+
+class NetworkStatusInfo(TypedDict):
+    """The latest signed status of one configured validator."""
+
+    peer: str
+    """The validator's peer id."""
+    age_s: float
+    """Since it was received."""
+    current: bool
+    """False when its time is over: the validator has fallen silent."""
+    executors: int
+    members: int
+    models_total: int
+    models: list[ModelStatusInfo]
+    """Those with the most executors, at most 64."""
+    software: list[SoftwareInfo]
+    in_flight: int
+    queued: int
+    slots: int
+
+
 class RequestCounts(TypedDict):
     """Requests of applications (client) and of peers (executor) since the node started."""
 
@@ -121,6 +168,8 @@ class Status(TypedDict):
     models: int
     """Different models that those offer."""
     validators: list[ValidatorInfo]
+    network_status: list[NetworkStatusInfo]
+    """What the configured validators (and this node, if it is one) say of the network."""
     requests: RequestCounts
     conditions: list[ConditionInfo]
     """The worst first."""
@@ -148,15 +197,6 @@ class PeerInfo(TypedDict):
     """Smoothed; None when unmeasured."""
     source: str
     """How it was found: bootstrap, hello, gossip, catalogue, dht, mdns, inbound."""
-
-
-class PriceInfo(TypedDict):
-    """Integer minor units per million tokens."""
-
-    prompt_per_million: int
-    completion_per_million: int
-    currency: str
-    """Empty when free."""
 
 
 class OfferInfo(TypedDict):

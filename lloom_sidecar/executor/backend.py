@@ -13,7 +13,7 @@ import trio
 
 from lloom_sidecar.errors import BackendRejectedError, BackendTimeoutError, BackendUnavailableError
 from lloom_sidecar.http.client import HttpClient
-from lloom_sidecar.http.errors import HttpClientError, HttpTimeoutError
+from lloom_sidecar.http.errors import BodyTooLargeError, HttpClientError, HttpTimeoutError
 from lloom_sidecar.ids import check_model_id
 from lloom_sidecar.protocol.offers import ModelOffer
 
@@ -150,7 +150,10 @@ class Backend:
         try:
             async with self._client.request("POST", call.path, self._headers, call.body) as response:
                 if response.status != 200:
-                    body = await response.read(MAX_ERROR_BYTES)
+                    try:
+                        body = await response.read(MAX_ERROR_BYTES)
+                    except BodyTooLargeError:
+                        body = b""  # some echo the whole input; the status says enough
                     raise BackendRejectedError(
                         f"the backend answered {response.status}",
                         status=response.status,
@@ -170,7 +173,7 @@ class Backend:
                 raise BackendUnavailableError(f"the backend at {self.url} answers {path} with status {response.status}")
         try:
             return msgspec.json.decode(body)
-        except msgspec.DecodeError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BackendUnavailableError(
                 f"the backend at {self.url} answers {path} with something that is not JSON"
             ) from exc
@@ -179,7 +182,9 @@ class Backend:
         """llama.cpp's ``/props``: real context and slots. Other servers do not have it."""
         try:
             found = await self._get_json("/props")
-        except BackendUnavailableError:
+        except HttpTimeoutError:
+            raise
+        except (BackendUnavailableError, HttpClientError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -237,5 +242,5 @@ class Backend:
 def _is_json(body: bytes) -> bool:
     try:
         return isinstance(msgspec.json.decode(body), dict)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         return False

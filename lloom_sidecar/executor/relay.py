@@ -111,17 +111,18 @@ class AnswerMeter:
         """Remember the usage in a chunk or document. True when the chunk holds nothing else."""
         try:
             document = msgspec.json.decode(payload)
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             return False
         if not isinstance(document, dict) or not isinstance(document.get("usage"), dict):
             return False
         self._usage = document["usage"]
-        has_finished = any(
-            isinstance(c, dict) and c.get("finish_reason") is not None for c in document.get("choices") or []
+        choices = document.get("choices")
+        has_finished = isinstance(choices, list) and any(
+            isinstance(c, dict) and c.get("finish_reason") is not None for c in choices
         )
         if has_finished and self.merger is not None:
             self.merger.has_finished = True
-        return not document.get("choices")
+        return not choices
 
     def usage(self) -> tuple[pb.Usage, pb.UsageSource]:
         """Token counts and who counted."""

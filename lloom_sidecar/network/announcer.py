@@ -166,12 +166,14 @@ class Announcer:
             return False
         except LloomError as exc:
             log.warning("announcement_not_made", code=exc.code, reason=str(exc))
+            self._full_at = float("-inf")  # heartbeats would refer to one that does not exist
             return False
         self._on_published()
         return True
 
     async def _watch_topic(self) -> None:
         """Messages from before a peer joined the topic are lost to it: announce anew when one appears."""
+        is_due = False
         while True:
             await trio.sleep(TOPIC_POLL_S)
             try:
@@ -179,8 +181,9 @@ class Announcer:
             except DaemonError:
                 self._topic_peers = frozenset()
                 continue
-            is_new = bool(peers - self._topic_peers)
+            is_due = is_due or bool(peers - self._topic_peers)
             self._topic_peers = peers
-            if is_new and self._announced is not None and trio.current_time() - self._full_at >= MIN_REPEAT_S:
+            if is_due and self._announced is not None and trio.current_time() - self._full_at >= MIN_REPEAT_S:
+                is_due = False
                 self._full_at = float("-inf")
                 self.changed()

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 import structlog
 import trio
 
-from lloom_sidecar.errors import DaemonError, LloomError
+from lloom_sidecar.errors import DaemonError, LloomError, PeerUnreachableError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 
@@ -54,6 +54,8 @@ class Validator:
     """Connected, greeted, catalogue read."""
     failures: int = 0
     last_error: str = ""
+    attempts: int = 0
+    """Ended ones, since the start."""
     cursor: int = 0
     refreshed_at: float = field(default=float("-inf"))
 
@@ -83,7 +85,9 @@ class Bootstrap:
         observer: BootstrapObserver,
         after_join: Callable[[PeerId], Awaitable[None]],
         rng: random.Random,
+        keeps_away: Callable[[PeerId], str | None] = lambda peer: None,
     ) -> None:
+        """``keeps_away``: why a validator must not be dialled now, or None."""
         self.validators = [v for v in validators if v.peer != me]
         self._get_daemon = get_daemon
         self._connections = connections
@@ -92,9 +96,31 @@ class Bootstrap:
         self._observer = observer
         self._after_join = after_join
         self._rng = rng
+        self._keeps_away = keeps_away
+        self._retry = trio.Event()
+        self._settled = trio.Event()
         self._started_at = trio.current_time()
         self.is_complete = not self.validators
         """True once the first validator's catalogue was read, or there is none to ask."""
+
+    @property
+    def joined(self) -> list[PeerId]:
+        """The validators that are joined now."""
+        return [v.peer for v in self.validators if v.is_joined and v.peer in self._connections]
+
+    def complete(self) -> None:
+        """A member's catalogue was read: what is not in the book now is not there."""
+        self.is_complete = True
+
+    async def retry_all(self, *, timeout_s: float) -> None:
+        """Dial those that are not joined without waiting for their backoff; returns when each was tried once more, or
+        after ``timeout_s``."""
+        missing = [(v, v.attempts) for v in self.validators if v.peer not in self.joined]
+        self._retry.set()
+        self._retry = trio.Event()
+        with trio.move_on_after(timeout_s):
+            while any(v.attempts == before and not v.is_joined for v, before in missing):
+                await self._settled.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep every validator connected until cancelled."""
@@ -117,24 +143,32 @@ class Bootstrap:
                 validator.failures += 1
                 validator.last_error = f"{exc}"
                 self._observer.validator_failed(validator.peer, exc, validator.failures)
-                await trio.sleep(backoff_s * (0.5 + self._rng.random()))
+                self._tried(validator)
+                with trio.move_on_after(backoff_s * (0.5 + self._rng.random())):
+                    await self._retry.wait()
                 backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
                 continue
             await trio.sleep(CHECK_S)
 
+    def _tried(self, validator: Validator) -> None:
+        validator.attempts += 1
+        self._settled.set()
+        self._settled = trio.Event()
+
     async def _join(self, validator: Validator) -> None:
-        daemon = self._get_daemon()
-        await daemon.connect(
+        reason = self._keeps_away(validator.peer)
+        if reason is not None:
+            raise PeerUnreachableError(f"{validator.peer.short()} is kept away ({reason})", code="kept_away")
+        # As configured, each time: p2pd asks the name server again for a name among them.
+        await self._get_daemon().connect(
             validator.peer, [addr.without_peer() for addr in validator.addrs], timeout_s=DIAL_TIMEOUT_S
         )
-        try:
-            await daemon.tag_peer(validator.peer, VALIDATOR_TAG, VALIDATOR_WEIGHT)
-        except DaemonError as exc:
-            log.info("tag_failed", peer=str(validator.peer), code=exc.code)
+        await self._connections.look()  # the next check must know of it, whenever the next poll comes
         entries = await self._read(validator)
         validator.is_joined = True
         validator.failures = 0
         validator.last_error = ""
+        self._tried(validator)
         self._observer.validator_joined(validator.peer, entries)
         if not self.is_complete:
             self.is_complete = True
@@ -143,6 +177,11 @@ class Bootstrap:
         await self._after_join(validator.peer)
 
     async def _read(self, validator: Validator) -> int:
+        try:
+            # Each time: p2pd forgets a tag with the peer's last connection, which may have come back unseen.
+            await self._get_daemon().tag_peer(validator.peer, VALIDATOR_TAG, VALIDATOR_WEIGHT)
+        except DaemonError as exc:
+            log.info("tag_failed", peer=str(validator.peer), code=exc.code)
         total = 0
         while True:
             catalogue = await self._hello.read_catalogue(validator.peer, since=validator.cursor)

@@ -3,15 +3,16 @@ to a hello, and the signed announcement that comes with it is what counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
 import trio
 
 from lloom_sidecar.errors import DaemonError, LloomError
-from lloom_sidecar.ids import PeerId
-from lloom_sidecar.p2p.daemon import Daemon
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.p2p.daemon import Daemon, PeerAddrs
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.protocol.names import SERVICE_EXECUTOR, service_cid, service_model
 
@@ -25,8 +26,15 @@ MAX_PROVIDE_RETRY_S: Final = 60.0
 PROVIDE_TIMEOUT_S: Final = 60.0
 LOOK_UP_TIMEOUT_S: Final = 3.0
 PROVIDERS: Final = 20
-MAX_GREETS: Final = 8
+MAX_PROVIDES: Final = 4
+"""Records that are put at once: a slow one does not hold up the others."""
+MAX_GREETS: Final = 16
 """Providers that are greeted at once."""
+DIAL_TIMEOUT_S: Final = 3.0
+"""A record outlives its executor by up to 48 h: the dead are not waited for."""
+DEAD_S: Final = 60.0
+"""How long a provider that did not answer is left alone."""
+MAX_DEAD: Final = 1024
 SEARCH_EVERY_S: Final = 60.0
 SEARCH_TIMEOUT_S: Final = 20.0
 
@@ -46,8 +54,15 @@ class Discovery:
         hello: HelloService,
         book: PeerBook,
         on_found: Callable[[float], None],
+        keeps_away: Callable[[PeerId], str | None] = lambda peer: None,
+        is_alone: Callable[[], bool] = lambda: False,
+        dialable: Callable[[Sequence[Multiaddr]], Sequence[Multiaddr]] = lambda addrs: addrs,
     ) -> None:
-        """``service_keys``: what this node is a provider of now; ``on_found``: seconds of a look-up to a hit."""
+        """``service_keys``: what this node is a provider of now; ``on_found``: seconds of a look-up to a hit.
+        ``keeps_away``: why a peer is not dialled, or None; ``is_alone``: no validator's catalogue tells of executors,
+        so that the DHT is asked now and then though some are known; ``dialable``: those of a record's addresses that
+        this host may dial.
+        """
         self._me = me
         self._service_keys = service_keys
         self._get_daemon = get_daemon
@@ -55,6 +70,10 @@ class Discovery:
         self._hello = hello
         self._book = book
         self._on_found = on_found
+        self._keeps_away = keeps_away
+        self._is_alone = is_alone
+        self._dialable = dialable
+        self._dead: OrderedDict[PeerId, float] = OrderedDict()
         self._changed = trio.Event()
         self._provided_at: dict[str, float] = {}
 
@@ -88,7 +107,7 @@ class Discovery:
 
     async def _search_now_and_then(self) -> None:
         while True:
-            if len(self._book) == 0:
+            if len(self._book) == 0 or self._is_alone():
                 await self._find(SERVICE_EXECUTOR, SEARCH_TIMEOUT_S, lambda: False)
             await trio.sleep(SEARCH_EVERY_S if len(self._book) else PROVIDE_RETRY_S)
 
@@ -97,13 +116,12 @@ class Discovery:
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
 
-                async def greet(peer: PeerId) -> None:
+                async def greet(provider: PeerAddrs) -> None:
                     try:
                         async with places:
-                            await self._connections.ensure(peer)
-                            await self._hello.greet(peer)
+                            await self._greet(provider)
                     except LloomError as exc:
-                        log.debug("provider_not_greeted", peer=str(peer), code=exc.code)
+                        log.debug("provider_not_greeted", peer=str(provider.peer), code=exc.code)
                     if is_enough():
                         nursery.cancel_scope.cancel()
 
@@ -112,30 +130,67 @@ class Discovery:
                         service_cid(key), count=PROVIDERS, timeout_s=timeout_s
                     ) as found:
                         async for provider in found:
-                            if provider.peer != self._me:
-                                nursery.start_soon(greet, provider.peer)
+                            if self._is_worth_a_dial(provider.peer):
+                                nursery.start_soon(greet, provider)
                 except DaemonError as exc:
                     log.debug("look_up_failed", code=exc.code)
 
+    def _is_worth_a_dial(self, peer: PeerId) -> bool:
+        if peer == self._me or self._keeps_away(peer) is not None:
+            return False
+        return peer in self._connections or self._dead.get(peer, float("-inf")) + DEAD_S < trio.current_time()
+
+    async def _greet(self, provider: PeerAddrs) -> None:
+        peer = provider.peer
+        try:
+            await self._connections.ensure(peer, timeout_s=DIAL_TIMEOUT_S, addrs=self._dialable(provider.addrs))
+            await self._hello.greet(peer)
+        except LloomError:
+            self._dead[peer] = trio.current_time()
+            self._dead.move_to_end(peer)
+            if len(self._dead) > MAX_DEAD:
+                self._dead.popitem(last=False)
+            raise
+        self._dead.pop(peer, None)
+
     async def _keep_provided(self) -> None:
-        retry_s = PROVIDE_RETRY_S
-        while True:
-            now = trio.current_time()
-            keys = list(self._service_keys())
-            due = [key for key in keys if now - self._provided_at.get(key, float("-inf")) > REPROVIDE_S]
-            is_complete = True
-            for key in due:
+        async with trio.open_nursery() as nursery:
+            places = trio.CapacityLimiter(MAX_PROVIDES)
+            under_way: set[str] = set()
+
+            async def provide(key: str) -> None:
                 try:
+                    await self._provide(key, places)
+                finally:
+                    under_way.discard(key)
+
+            while True:
+                self._changed = trio.Event()
+                keys = set(self._service_keys())
+                # What is not offered any more is provided anew when it comes back.
+                for key in self._provided_at.keys() - keys:
+                    del self._provided_at[key]
+                now = trio.current_time()
+                for key in keys - under_way:
+                    if now - self._provided_at.get(key, float("-inf")) > REPROVIDE_S:
+                        under_way.add(key)
+                        nursery.start_soon(provide, key)
+                with trio.move_on_after(REPROVIDE_S / 12):
+                    await self._changed.wait()
+
+    async def _provide(self, key: str, places: trio.CapacityLimiter) -> None:
+        """Put one record; tries until it is there or not wanted any more."""
+        retry_s = PROVIDE_RETRY_S
+        while key in self._service_keys():
+            changed = self._changed
+            try:
+                async with places:
                     await self._get_daemon().provide(service_cid(key), timeout_s=PROVIDE_TIMEOUT_S)
-                    self._provided_at[key] = trio.current_time()
-                except DaemonError as exc:
-                    # Usual at start: the routing table is empty until the first peer is there.
-                    log.debug("provide_failed", key=key, code=exc.code)
-                    is_complete = False
-            retry_s = REPROVIDE_S / 12 if is_complete else min(MAX_PROVIDE_RETRY_S, retry_s * 2)
-            with trio.move_on_after(retry_s if not is_complete else REPROVIDE_S / 12):
-                await self._changed.wait()
-                retry_s = PROVIDE_RETRY_S
-            self._changed = trio.Event()
-            if is_complete:
-                retry_s = PROVIDE_RETRY_S
+                self._provided_at[key] = trio.current_time()
+                return
+            except DaemonError as exc:
+                # Usual at start: the routing table is empty until the first peer is there.
+                log.debug("provide_failed", key=key, code=exc.code)
+            with trio.move_on_after(retry_s):
+                await changed.wait()
+            retry_s = min(MAX_PROVIDE_RETRY_S, retry_s * 2)

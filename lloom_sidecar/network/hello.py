@@ -93,8 +93,10 @@ class HelloService:
         on_greeted: Callable[[Greeted], None],
         on_refused: Callable[[PeerId, str], None],
         catalogue: CatalogueSource | None,
+        ban_of: Callable[[PeerId], str | None] = lambda peer: None,
     ) -> None:
-        """``catalogue``: on a node that serves one; None elsewhere, which then answers with an empty one."""
+        """``catalogue``: what to answer a query with; None = nothing. ``ban_of``: why a peer is banned, or None: it is
+        neither greeted nor answered."""
         self._me = me
         self._keys = keys
         self._is_open = is_open
@@ -103,6 +105,7 @@ class HelloService:
         self._on_greeted = on_greeted
         self._on_refused = on_refused
         self._catalogue = catalogue
+        self._ban_of = ban_of
         self._under_way: dict[PeerId, trio.Event] = {}
 
     async def greet(self, peer: PeerId) -> Greeted:
@@ -149,6 +152,8 @@ class HelloService:
     async def serve_stream(self, stream: P2PStream) -> None:
         """Answer one inbound hello, and a catalogue query behind it. Ends with the stream or after its deadline."""
         peer = stream.peer
+        if self._ban_of(peer) is not None:
+            return
         answerer = HelloAnswerer(
             me=self._me,
             peer=peer,
@@ -197,6 +202,9 @@ class HelloService:
 
     @asynccontextmanager
     async def _opened(self, peer: PeerId) -> AsyncIterator[tuple[Greeted, HelloOpener, P2PStream]]:
+        ban = self._ban_of(peer)
+        if ban is not None:
+            raise PeerUnreachableError(f"{peer.short()} is banned ({ban})", code="kept_away")
         stream: P2PStream | None = None
         opener = HelloOpener(
             me=self._me,

@@ -13,8 +13,11 @@ from lloom_sidecar.ids import PeerId
 from lloom_sidecar.peers.peerbook import Change, PeerBook
 from lloom_sidecar.protocol.announcement import check_clock, open_announcement
 from lloom_sidecar.protocol.network_key import NetworkKey
+from lloom_sidecar.protocol.offers import Announcement
 
 MAX_FOUND_BY: Final = 20_000
+OFFENCES: Final = frozenset({"size", "envelope", "publisher", "signature", "tag"})
+"""Reasons for which no honest node hands an announcement on. ``schema`` is none: a later version may say more."""
 
 log = structlog.get_logger("lloom.intake")
 
@@ -41,14 +44,17 @@ class Intake:
         observer: IntakeObserver,
         want_full: Callable[[PeerId], None],
         now_ms: Callable[[], int],
+        on_offence: Callable[[PeerId, str], None] = lambda peer, reason: None,
     ) -> None:
-        """``want_full``: a heartbeat refers to an announcement that we lack; fetch it from that peer."""
+        """``want_full``: a heartbeat refers to an announcement that we lack; fetch it from that peer. ``on_offence``: a
+        peer published, or has in its catalogue, what cannot be honest."""
         self._me = me
         self._book = book
         self._keys = keys
         self._observer = observer
         self._want_full = want_full
         self._now_ms = now_ms
+        self._on_offence = on_offence
         self.found_by: dict[PeerId, str] = {}
         """How each executor was first found: gossip, hello, catalogue."""
 
@@ -65,7 +71,7 @@ class Intake:
     ) -> Change | None:
         """Apply one signed announcement; whatever is wrong with it is counted and dropped, and None returned."""
         try:
-            announcement = open_announcement(raw, keys=self._keys(), expected_signer=expected_signer)
+            announcement = self._open(raw, expected_signer, source)
             if announcement.peer == self._me:
                 return None
             if checks_clock:
@@ -83,3 +89,12 @@ class Intake:
             self._want_full(announcement.peer)
         self._observer.executor_changed(announcement.peer, change, found_by)
         return change
+
+    def _open(self, raw: bytes, expected_signer: PeerId | None, source: PeerId | None) -> Announcement:
+        try:
+            return open_announcement(raw, keys=self._keys(), expected_signer=expected_signer)
+        except AnnouncementError as exc:
+            offender = expected_signer or source
+            if offender is not None and exc.reason in OFFENCES:
+                self._on_offence(offender, exc.reason)
+            raise

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
+import structlog
 import trio
 
 from lloom_sidecar import __version__
 from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.config import Config
+from lloom_sidecar.errors import DaemonError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.network.bootstrap import Bootstrap, group_by_peer
 from lloom_sidecar.network.connections import Connections
 from lloom_sidecar.network.discovery import Discovery
-from lloom_sidecar.network.gossip import run_gossip
+from lloom_sidecar.network.gossip import run_gossip, run_topic
+from lloom_sidecar.network.greeter import Greeter
 from lloom_sidecar.network.hello import Greeted, HelloService
 from lloom_sidecar.network.intake import Intake
+from lloom_sidecar.network.known_peers import KnownPeers, PeerStore
 from lloom_sidecar.network.prober import run_prober
-from lloom_sidecar.p2p.daemon import Daemon
+from lloom_sidecar.network.status import MAX_STATUSES_PER_S, STATUS_BURST, StatusBoard, run_publisher, summarise
+from lloom_sidecar.network.tags import Tags
+from lloom_sidecar.network.upkeep import Upkeep
+from lloom_sidecar.p2p.daemon import Daemon, TopicMessage
 from lloom_sidecar.peers.addresses import dialable
 from lloom_sidecar.peers.peerbook import CataloguePage, PeerBook
 from lloom_sidecar.peers.rate import RateLimiter
-from lloom_sidecar.protocol.names import agent_version
+from lloom_sidecar.peers.standing import Standing
+from lloom_sidecar.protocol.envelope import Signer
+from lloom_sidecar.protocol.names import TOPIC_NETWORK, agent_version
 from lloom_sidecar.protocol.network_key import NetworkKey, NetworkKeys
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.protocol.status import NetworkStatus
 
 from .addresses import own_networks
 from .observer import Observer
@@ -36,6 +47,16 @@ MAX_ANNOUNCEMENTS_PER_S: Final = 2.0
 ANNOUNCEMENT_BURST: Final = 10.0
 MAX_AUTHORS: Final = 20_000
 MAX_WANTED_FULL: Final = 256
+MAX_PAGE_ENTRIES: Final = 1_000
+"""Of one catalogue answer of a node that is no validator; the asker goes on from there."""
+MAX_SOFTWARE_KNOWN: Final = 10_000
+DROP_AGAIN_S: Final = 0.5
+"""Between two closings of a banned peer's connections that its messages cause."""
+SOFTWARE: Final = agent_version(__version__)
+LASTING_REFUSALS: Final = frozenset({"not_member", "version", "bad_proof"})
+"""What asking again soon will not change."""
+
+log = structlog.get_logger("lloom.control_plane")
 
 _ROLES: Final = {"client": pb.ROLE_CLIENT, "executor": pb.ROLE_EXECUTOR, "validator": pb.ROLE_VALIDATOR}
 _ROLE_NAMES: Final = {value: name for name, value in _ROLES.items()}
@@ -44,6 +65,7 @@ _ROLE_NAMES: Final = {value: name for name, value in _ROLES.items()}
 class ControlPlane:
     """The peer book and the services that keep it true.
 
+    ``store`` remembers peers over restarts; ``signer`` and ``next_sequence`` are for a validator's status.
     ``on_peer_gone`` is told of a peer's last connection; ``on_joined`` of a validator that was reached; ``on_clock`` by
     how many milliseconds our clock is ahead of a validator's.
     """
@@ -51,9 +73,11 @@ class ControlPlane:
     def __init__(
         self,
         config: Config,
-        me: PeerId,
+        signer: Signer,
         *,
         keys: NetworkKeys | None,
+        store: PeerStore,
+        next_sequence: Callable[[int], Awaitable[int]],
         get_daemon: Callable[[], Daemon],
         max_streams: Callable[[], int],
         announcement: Callable[[], bytes],
@@ -67,7 +91,9 @@ class ControlPlane:
     ) -> None:
         self.config = config
         self.key_file = keys
-        self._me = me
+        self._signer = signer
+        self._me = me = signer.peer
+        self._next_sequence = next_sequence
         self._get_daemon = get_daemon
         self._max_streams = max_streams
         self._announcement = announcement
@@ -76,13 +102,19 @@ class ControlPlane:
         self._on_clock = on_clock
         self._metrics = metrics
         self._observer = observer
+        self._rng = rng
         self._wanted_full: dict[PeerId, None] = {}
+        self._software: OrderedDict[PeerId, str] = OrderedDict()
+        self._next_drop_at = 0.0
+        self.standing = Standing()
+        self.tags = Tags(get_daemon)
         validators = group_by_peer(config.bootstrap)
+        self._validators = frozenset(v.peer for v in validators)
         self.book = PeerBook(
             me=me,
             is_open=config.open,
             allow_list=frozenset(config.allow_peers),
-            validators=frozenset(v.peer for v in validators),
+            validators=self._validators,
             first_cursor=now_ms(),
         )
         self.hello = HelloService(
@@ -92,13 +124,22 @@ class ControlPlane:
             node_info=self._node_info,
             get_daemon=get_daemon,
             on_greeted=self._on_greeted,
-            on_refused=observer.hello_refused,
-            catalogue=self._catalogue_page if config.is_validator else None,
+            on_refused=self._on_refused,
+            catalogue=self._catalogue_page,
+            ban_of=self._ban_of,
         )
         self.intake = Intake(
-            me=me, book=self.book, keys=self.keys, observer=observer, want_full=self._want_full, now_ms=now_ms
+            me=me,
+            book=self.book,
+            keys=self.keys,
+            observer=observer,
+            want_full=self._want_full,
+            now_ms=now_ms,
+            on_offence=self._on_offence,
         )
-        self.connections = Connections(get_daemon=get_daemon, addrs_of=self._dialable, observer=self)
+        self.connections = Connections(
+            get_daemon=get_daemon, addrs_of=self._dialable, observer=self, keeps_away=self._keeps_away
+        )
         self.bootstrap = Bootstrap(
             me=me,
             validators=validators,
@@ -109,6 +150,48 @@ class ControlPlane:
             observer=observer,
             after_join=self._after_join,
             rng=rng,
+            keeps_away=self._ban_of,
+        )
+        self.greeter = Greeter(
+            me=me,
+            connections=self.connections,
+            hello=self.hello,
+            standing=self.standing,
+            is_needed=self._is_needed,
+            disconnect=self._disconnect,
+            rng=rng,
+        )
+        self.known_peers = KnownPeers(
+            me=me,
+            store=store,
+            get_daemon=get_daemon,
+            connections=self.connections,
+            hello=self.hello,
+            intake=self.intake,
+            roles_of=self._member_roles,
+            dialable=_dialable_once_connected,
+        )
+        self.upkeep = Upkeep(
+            me=me,
+            bootstrap=self.bootstrap,
+            known=self.known_peers,
+            connections=self.connections,
+            members=self._members,
+            get_daemon=get_daemon,
+            observer=observer,
+            after_join=self._after_join,
+            # A network's first validator has nobody to look for.
+            min_peers=0 if config.is_validator else config.min_peers,
+            round_every_s=config.rebootstrap_s,
+            refresh_every_s=config.refresh_s,
+            rng=rng,
+        )
+        self.statuses = StatusBoard(
+            validators=self._validators | ({me} if config.is_validator else set()),
+            keys=self.keys,
+            now_ms=now_ms,
+            on_dropped=metrics.status_dropped,
+            on_offence=self._on_offence,
         )
         self.discovery = Discovery(
             me=me,
@@ -118,6 +201,9 @@ class ControlPlane:
             hello=self.hello,
             book=self.book,
             on_found=metrics.discovery_finished,
+            keeps_away=self._keeps_away,
+            is_alone=lambda: not self.bootstrap.joined,
+            dialable=_dialable_here,
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -135,9 +221,18 @@ class ControlPlane:
                     rates=rates,
                     on_message=lambda: self._metrics.message_received("announcement"),
                     on_dropped=self._metrics.announcement_dropped,
+                    is_banned=self._is_banned_author,
+                    on_offence=self._on_offence,
                 )
             )
+            nursery.start_soon(self._listen_for_statuses)
+            if self.config.is_validator:
+                nursery.start_soon(self._publish_statuses)
+            nursery.start_soon(self.greeter.run)
+            nursery.start_soon(self.tags.run)
             await nursery.start(self.bootstrap.run)
+            nursery.start_soon(self.known_peers.run)
+            nursery.start_soon(self.upkeep.run)
             nursery.start_soon(lambda: self.discovery.run(searches=self.config.is_client))
             nursery.start_soon(
                 lambda: run_prober(
@@ -150,6 +245,95 @@ class ControlPlane:
             )
             task_status.started()
 
+    async def _listen_for_statuses(self) -> None:
+        await run_topic(
+            TOPIC_NETWORK,
+            me=self._me,
+            get_daemon=self._get_daemon,
+            rates=RateLimiter(rate_per_s=MAX_STATUSES_PER_S, burst=STATUS_BURST, max_keys=MAX_AUTHORS),
+            on_message=lambda: self._metrics.message_received("status"),
+            on_dropped=self._metrics.status_dropped,
+            handle=self.statuses.take,
+            is_banned=self._is_banned_author,
+            on_offence=self._on_offence,
+        )
+
+    async def _publish_statuses(self) -> None:
+        await run_publisher(
+            signer=self._signer,
+            key=self.current_key,
+            summary=self.summary,
+            get_daemon=self._get_daemon,
+            next_sequence=self._next_sequence,
+            now_ms=now_ms,
+            on_published=self._on_status_published,
+            rng=self._rng,
+        )
+
+    def _on_status_published(self, sealed: bytes) -> None:
+        self._metrics.message_sent("status")
+        # Its own belongs on its board too; gossip brings it back, but is not listened to there.
+        self.statuses.take(TopicMessage(self._me, sealed, 0, (TOPIC_NETWORK,)))
+
+    def summary(self) -> NetworkStatus:
+        """What this node sees of the network now."""
+        now = trio.current_time()
+        return summarise(self.book, {self._me, *self._members()}, self._software_of, now)
+
+    def _software_of(self, peer: PeerId) -> str:
+        return SOFTWARE if peer == self._me else self._software.get(peer, "")
+
+    def p2pd_restarted(self) -> None:
+        """A p2pd came up, which knows nothing of before."""
+        self.tags.forget()
+        self.discovery.forget_provided()
+
+    # ------------------------------------------------------------ who is kept away
+    def _ban_of(self, peer: PeerId) -> str | None:
+        return self.standing.ban_of(peer, trio.current_time())
+
+    def _keeps_away(self, peer: PeerId) -> str | None:
+        now = trio.current_time()
+        return self.standing.ban_of(peer, now) if self._is_needed(peer) else self.standing.keeps_away(peer, now)
+
+    def _is_needed(self, peer: PeerId) -> bool:
+        """Somebody wants it though it may be of another network."""
+        return peer in self._validators or peer in self.config.allow_peers or peer in self.tags
+
+    def _is_banned_author(self, peer: PeerId) -> bool:
+        now = trio.current_time()
+        if self.standing.ban_of(peer, now) is None:
+            return False
+        if peer in self.connections and now >= self._next_drop_at:
+            self._next_drop_at = now + DROP_AGAIN_S
+            self.greeter.look_now()
+        return True
+
+    def _on_offence(self, peer: PeerId, reason: str) -> None:
+        if not self.standing.offend(peer, reason, trio.current_time()):
+            return
+        self._metrics.peer_banned(reason)
+        self._observer.peer_banned(peer, reason)
+        self.greeter.look_now()
+
+    def _on_refused(self, peer: PeerId, code: str) -> None:
+        self._observer.hello_refused(peer, code)
+        plain = code.removeprefix("hello_")
+        if plain in LASTING_REFUSALS and self.standing.refuse(peer, plain, trio.current_time()):
+            self._observer.peer_refused(peer, plain)
+
+    async def _disconnect(self, peer: PeerId, cause: str) -> None:
+        self._observer.will_close(peer, cause)
+        try:
+            await self._get_daemon().disconnect(peer)
+            await self.connections.look()
+        except DaemonError as exc:
+            log.info("not_disconnected", peer=str(peer), code=exc.code)
+
+    def other_versions(self) -> int:
+        """Peers that lately refused hello, or were refused, because of their major version."""
+        return len(self.standing.refused("version", trio.current_time()))
+
     # ------------------------------------------------------------ who belongs to us
     def keys(self) -> tuple[NetworkKey, ...]:
         """The network keys that count now, newest first."""
@@ -161,7 +345,10 @@ class ControlPlane:
 
     def may_ask(self, peer: PeerId) -> bool:
         """Whether this node serves ``peer``: a member by hello, an allowed one, or anybody when open."""
-        return self.config.open or self.book.is_member(peer, trio.current_time()) or peer in self.config.allow_peers
+        now = trio.current_time()
+        if self.standing.ban_of(peer, now) is not None:
+            return False
+        return self.config.open or self.book.is_member(peer, now) or peer in self.config.allow_peers
 
     async def greet(self, peer: PeerId) -> None:
         """Say hello. Raises as ``HelloService.greet``."""
@@ -169,13 +356,27 @@ class ControlPlane:
 
     def members(self) -> int:
         """Connected peers that proved our network."""
+        return len(self._members())
+
+    def _members(self) -> list[PeerId]:
         now = trio.current_time()
-        return sum(self.book.is_member(peer, now) for peer in self.connections)
+        return [peer for peer in self.connections if self.book.is_member(peer, now)]
+
+    def _member_roles(self, peer: PeerId) -> frozenset[str] | None:
+        known = self.book.known(peer, trio.current_time())
+        if known is None or not (known.is_member or peer in self.config.allow_peers):
+            return None
+        return known.roles
 
     def models_of(self, peer: PeerId) -> tuple[str, ...]:
         """Ids of the models that an executor offers."""
         known = self.book.known(peer, trio.current_time())
         return () if known is None else known.models
+
+    def roles_of(self, peer: PeerId) -> frozenset[str]:
+        """What a peer said that it is."""
+        known = self.book.known(peer, trio.current_time())
+        return frozenset() if known is None else known.roles
 
     # ------------------------------------------------------------ what the services ask and tell
     def _node_info(self) -> pb.NodeInfo:
@@ -183,7 +384,7 @@ class ControlPlane:
             roles=[_ROLES[role] for role in self.config.roles],
             max_streams=self._max_streams(),
             announcement=self._announcement(),
-            software=agent_version(__version__),
+            software=SOFTWARE,
             now_ms=now_ms(),
         )
 
@@ -196,10 +397,18 @@ class ControlPlane:
             self.intake.take(
                 node.announcement, found_by="hello", source=greeted.peer, direct=True, expected_signer=greeted.peer
             )
+        roles = frozenset(_ROLE_NAMES[role] for role in node.roles if role in _ROLE_NAMES)
+        if "validator" in roles and greeted.peer not in self._validators and self._member_roles(greeted.peer) is None:
+            self._observer.validator_seen(greeted.peer)
+        self.standing.accept(greeted.peer)
+        self.greeter.greeted(greeted.peer)
+        self._software[greeted.peer] = node.software
+        if len(self._software) > MAX_SOFTWARE_KNOWN:
+            self._software.popitem(last=False)
         self.book.on_hello(
             greeted.peer,
             is_member=greeted.is_member,
-            roles=frozenset(_ROLE_NAMES[role] for role in node.roles),
+            roles=roles,
             features=frozenset(node.features),
             max_streams=node.max_streams,
             now=trio.current_time(),
@@ -210,7 +419,10 @@ class ControlPlane:
             self._on_clock(greeted.peer, now_ms() - node.now_ms - round(greeted.rtt_s * 500))
 
     def _catalogue_page(self, model: str, since: int) -> CataloguePage:
-        return self.book.entries_since(since, now=trio.current_time(), model=model or None)
+        now = trio.current_time()
+        if self.config.is_validator:
+            return self.book.entries_since(since, now=now, model=model or None)
+        return self.book.entries_since(since, now=now, model=model or None, limit=MAX_PAGE_ENTRIES)
 
     async def _after_join(self, peer: PeerId) -> None:
         self.discovery.changed()
@@ -235,10 +447,14 @@ class ControlPlane:
         """A connection appeared (ConnectionObserver)."""
         self._observer.connected(peer, addr)
         self.book.note_path(peer, is_relayed=addr.is_relayed)
+        if self._ban_of(peer) is not None:
+            self.greeter.look_now()
 
     def disconnected(self, peer: PeerId) -> None:
         """A peer's last connection ended (ConnectionObserver)."""
         self._observer.disconnected(peer)
+        self.greeter.forget(peer)
+        self._software.pop(peer, None)
         self.book.on_disconnected(peer)
         self.book.mark_failed(peer, trio.current_time())
         self._on_peer_gone(peer)
@@ -246,3 +462,11 @@ class ControlPlane:
     def polled(self, peers: int) -> None:
         """The connections were looked at (ConnectionObserver)."""
         self._metrics.set_peers(peers, self.members())
+
+
+def _dialable_here(addrs: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
+    return dialable(addrs, own_networks=own_networks(), direct=False)
+
+
+def _dialable_once_connected(addrs: Sequence[Multiaddr]) -> tuple[Multiaddr, ...]:
+    return dialable(addrs, own_networks=own_networks(), direct=True)

@@ -14,13 +14,10 @@ from lloom_sidecar.errors import StartError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.launch import STOCK_MAX_STREAMS, DaemonSettings
 from lloom_sidecar.p2p.supervisor import AttachedDaemon, DaemonSupervisor, OnDown, OnUp
-from lloom_sidecar.protocol.names import IDENTIFY_PROTOCOL_VERSION, agent_version
+from lloom_sidecar.protocol.names import IDENTIFY_PROTOCOL_VERSION, MDNS_SERVICE, agent_version
 
 MAX_STREAMS: Final = 1024
 """Streams of one peer that our p2pd's limits leave room for."""
-CONNECTIONS_LOW: Final = 400
-CONNECTIONS_HIGH: Final = 600
-"""libp2p trims at 192 connections unless told otherwise, which a validator of a larger network is above."""
 
 _PACKAGED: Final = Path(__file__).parent.parent / "_bin" / "p2pd"
 
@@ -59,11 +56,13 @@ def make_supervisor(config: Config, me: PeerId, *, on_up: OnUp, on_down: OnDown,
         heartbeat_s=config.heartbeat_s,
         user_agent=agent_version(__version__),
         protocol_version=IDENTIFY_PROTOCOL_VERSION,
-        connmgr_lo=CONNECTIONS_LOW,
-        connmgr_hi=CONNECTIONS_HIGH,
+        connmgr_lo=config.connections_low,
+        connmgr_hi=config.connections_high,
         relay_service=config.is_validator,
         static_relays=() if config.is_validator else config.bootstrap,
         autonat=config.is_validator,
+        mdns=config.mdns,
+        mdns_service_tag=MDNS_SERVICE,
     )
     return DaemonSupervisor(settings, expected_peer=me, on_up=on_up, on_down=on_down, rng=rng)
 

@@ -22,6 +22,7 @@ from lloom_sidecar.admin.health import HealthConditions
 from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.admin.probes import probe_app
 from lloom_sidecar.client.api import ApiSettings, OpenAiApi
+from lloom_sidecar.client.market import Market, QuoteWallet
 from lloom_sidecar.client.router import Router
 from lloom_sidecar.config import Config, read_secret_lines
 from lloom_sidecar.errors import DaemonUnavailableError, LloomError
@@ -46,6 +47,7 @@ from .executor_side import ExecutorSide
 from .listening import Listeners, open_listeners, serve_admin, serve_api
 from .observer import Observer
 from .receipts import ReceiptKeeper, now_ms
+from .remembered import RememberedPeers
 from .view import View
 
 MAX_INBOUND_STREAMS: Final = 8192
@@ -87,12 +89,15 @@ class Node:
             metrics=self.metrics,
             events=self.events,
             models_of=lambda peer: self.control.models_of(peer),
+            roles_of=lambda peer: self.control.roles_of(peer),
             keep_receipt=ReceiptKeeper(ledger).keep,
         )
         self.control = ControlPlane(
             config,
-            self.me,
+            self.signer,
             keys=keys,
+            store=RememberedPeers(ledger),
+            next_sequence=ledger.next_sequence,
             get_daemon=self.daemon,
             max_streams=lambda: max_streams(self.supervisor),
             announcement=lambda: self.serving.announcer.current if self.serving is not None else b"",
@@ -104,7 +109,9 @@ class Node:
             observer=self.observer,
             rng=rng,
         )
-        self.pool = StreamPool(self.daemon, self.control.greet, now_ms=now_ms)
+        self.quotes = QuoteWallet()
+        self.pool = StreamPool(self.daemon, self.control.greet, now_ms=now_ms, on_use=self._on_stream_use)
+        self.market = Market(self.pool, self.signer, self.quotes)
         self.serving = self._make_executor_side(rng) if config.is_executor else None
         self.api = self._make_api(rng) if config.is_client else None
         self.view = View(self)
@@ -137,13 +144,16 @@ class Node:
             ensure_connected=control.connections.ensure,
             catalogue_is_complete=lambda: control.bootstrap.is_complete,
             observer=self.observer,
+            quote_of=lambda peer, model: self.quotes.usable(peer, model, now_ms()),
             rng=rng,
         )
         key_file = self.config.api_key_file
         return OpenAiApi(
             router=router,
             book=control.book,
-            settings=ApiSettings(api_keys=read_secret_lines(key_file) if key_file is not None else ()),
+            settings=ApiSettings(
+                api_keys=read_secret_lines(key_file) if key_file is not None else (), max_price=self.config.max_price
+            ),
             observer=self.observer,
             started_at_s=int(time.time()),
         )
@@ -151,7 +161,6 @@ class Node:
     # ------------------------------------------------------------ life
     async def run(self, listeners: Listeners, *, task_status: trio.TaskStatus[Node]) -> None:
         """Run until ``drain`` has ended it, or until cancelled."""
-        self._set_static_conditions()
         shutdown = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._ledger.run)
@@ -160,6 +169,7 @@ class Node:
             if self.serving is not None:
                 await self.serving.start(nursery)
             await self._start_p2p(nursery)
+            self._set_static_conditions()
             await nursery.start(self.pool.run)
             await nursery.start(self.control.run)
             if self.serving is not None:
@@ -199,7 +209,7 @@ class Node:
     async def _start_p2p(self, nursery: trio.Nursery) -> None:
         self._handlers[PROTOCOL_HELLO] = self.control.hello.serve_stream
         if self.serving is not None:
-            self._handlers[PROTOCOL_REQUEST] = self.serving.executor.serve_stream
+            self._handlers[PROTOCOL_REQUEST] = self._serve_requests
         self._handler_address = await nursery.start(
             lambda task_status: serve_inbound(
                 self.config.handler_path,
@@ -210,6 +220,14 @@ class Node:
             )
         )
         await nursery.start(self.supervisor.run)
+
+    async def _serve_requests(self, stream: P2PStream) -> None:
+        assert self.serving is not None  # registered only then
+        with self.control.tags.using(stream.peer):
+            await self.serving.executor.serve_stream(stream)
+
+    def _on_stream_use(self, peer: PeerId, is_used: bool) -> None:
+        (self.control.tags.hold if is_used else self.control.tags.release)(peer)
 
     def daemon(self) -> Daemon:
         """The daemon of the moment. Raises DaemonUnavailableError."""
@@ -229,12 +247,14 @@ class Node:
         if self.has_started:
             self.metrics.p2pd_restarted()
             log.info("p2pd_back", peer=str(self.me))
-        self.control.discovery.forget_provided()
+        self.control.p2pd_restarted()
         self._announce_again()
 
     def _on_down(self, reason: str) -> None:
         self.metrics.p2pd_up(False)
         self.health.set("p2pd_down", reason)
+        for peer in self.control.connections:
+            self.observer.will_close(peer, "p2pd_down")
         self.control.connections.lost_all()
         self.pool.close_all()
 
@@ -276,10 +296,12 @@ class Node:
             self.health.set("api_open", f"Whoever reaches {config.api} can use this node's API without a key.")
         if not self.control.bootstrap.validators and not config.is_validator:
             self.health.set("no_bootstrap", "Only nodes that dial this one, or are on the same link, will be found.")
-        for warning in config.warnings:
+        warnings = list(config.warnings)
+        if config.mdns and "mdns" not in self.supervisor.features:
+            warnings.append("mdns has no effect: this p2pd does not have it, or is not started by this node")
+        for warning in warnings:
             log.warning("config_warning", reason=warning)
-        if config.warnings:
-            self.health.set("config_warning", "; ".join(config.warnings))
+        self.health.update("config_warning", "; ".join(warnings) or None)
 
     async def _tick(self) -> None:
         """What has to be looked at now and then."""
@@ -304,6 +326,8 @@ class Node:
                     "p2pd_stock", "It is an unmodified p2pd: no NAT traversal, 64 streams a peer, TCP only."
                 )
             self.health.update("previous_key", self._previous_key())
+            others = self.control.other_versions()
+            self.health.update("other_version", f"{others} met within ten minutes." if others else None)
             if self.serving is not None:
                 admission = self.serving.executor.admission
                 self.metrics.set_capacity(admission.slots, admission.queued)

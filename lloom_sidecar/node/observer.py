@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import structlog
+import trio
 
 from lloom_sidecar.admin.events import (
     BootstrapComplete,
@@ -22,13 +23,25 @@ from lloom_sidecar.admin.events import (
     ValidatorDiscovered,
 )
 from lloom_sidecar.admin.metrics import Metrics
-from lloom_sidecar.errors import LloomError
+from lloom_sidecar.errors import LloomError, PeerTimeoutError, PeerUnreachableError
 from lloom_sidecar.executor.serve import ServedReceipt
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.link.exchange import Call, Receipt
+from lloom_sidecar.network.upkeep import Round
 from lloom_sidecar.peers.peerbook import Change
 
 MAX_RECENT_RECEIPTS: Final = 256
+MAX_CAUSES: Final = 256
+CAUSE_S: Final = 30.0
+"""How long what a stream told counts as the cause of its connection's end."""
+
+_CONNECTION_CODES: Final = frozenset({PeerUnreachableError.code, PeerTimeoutError.code, "draining"})
+"""What a failed attempt says of the connection under it."""
+_REFUSALS: Final = {
+    "not_member": "It belongs to another network: it is not used, nor dialled for ten minutes.",
+    "version": "It speaks another major version: it was told so and is not used.",
+    "bad_proof": "It claims to be of this network and does not hold its key.",
+}
 
 log = structlog.get_logger("lloom.node")
 
@@ -71,18 +84,20 @@ class Observer:
         metrics: Metrics,
         events: EventBus,
         models_of: Callable[[PeerId], tuple[str, ...]],
+        roles_of: Callable[[PeerId], frozenset[str]],
         keep_receipt: Callable[[ClientReceipt | ServedReceipt], None],
     ) -> None:
         self._metrics = metrics
         self._events = events
         self._models_of = models_of
+        self._roles_of = roles_of
         self._keep_receipt = keep_receipt
         self.client = Counts()
         self.executor = Counts()
         self.receipts: OrderedDict[str, ClientReceipt] = OrderedDict()
         """The newest verified answers by request id (hex)."""
         self.rtt_s: dict[PeerId, float] = {}
-        self._last_error: dict[PeerId, str] = {}
+        self._causes: OrderedDict[PeerId, tuple[float, str]] = OrderedDict()
 
     # ------------------------------------------------------------ connections
     def connected(self, peer: PeerId, addr: Multiaddr) -> None:
@@ -92,7 +107,16 @@ class Observer:
     def disconnected(self, peer: PeerId) -> None:
         """A peer's last connection ended."""
         self.rtt_s.pop(peer, None)
-        self._events.publish(ConnectionClosed(str(peer), self._last_error.pop(peer, "unknown")))
+        told_at, cause = self._causes.pop(peer, (float("-inf"), ""))
+        is_told = trio.current_time() - told_at <= CAUSE_S
+        self._events.publish(ConnectionClosed(str(peer), cause if is_told else "unknown"))
+
+    def will_close(self, peer: PeerId, cause: str) -> None:
+        """Something says why the connection to ``peer`` is about to end, should it end soon."""
+        self._causes[peer] = (trio.current_time(), cause)
+        self._causes.move_to_end(peer)
+        if len(self._causes) > MAX_CAUSES:
+            self._causes.popitem(last=False)
 
     # ------------------------------------------------------------ announcements
     def announcement_dropped(self, reason: str) -> None:
@@ -115,8 +139,15 @@ class Observer:
     # ------------------------------------------------------------ validators
     def validator_joined(self, peer: PeerId, entries: int) -> None:
         """A validator was joined."""
-        log.info("validator_joined", peer=str(peer), entries=entries)
-        self._events.publish(ValidatorDiscovered(str(peer), "bootstrap"))
+        is_validator = "validator" in self._roles_of(peer)
+        log.info("validator_joined" if is_validator else "bootstrap_peer_joined", peer=str(peer), entries=entries)
+        if is_validator:
+            self._events.publish(ValidatorDiscovered(str(peer), "bootstrap"))
+
+    def validator_seen(self, peer: PeerId) -> None:
+        """A member says that it is a validator; this node is not configured to trust it as one."""
+        log.info("validator_seen", peer=str(peer))
+        self._events.publish(ValidatorDiscovered(str(peer), "hello"))
 
     def validator_failed(self, peer: PeerId, error: LloomError, attempt: int) -> None:
         """A validator could not be joined."""
@@ -130,13 +161,33 @@ class Observer:
         self._metrics.discovery_finished(seconds)
         self._events.publish(BootstrapComplete(validators, validators, round(seconds, 3)))
 
+    def round_ended(self, found: Round) -> None:
+        """A further round of bootstrap ended; a node that has nobody to dial does not tell of it."""
+        tried = found.validators_tried + found.known_tried
+        if tried:
+            joined = found.validators_joined + found.known_joined
+            self._events.publish(BootstrapComplete(joined, tried, round(found.seconds, 3)))
+
+    def few_peers(self, peers: int, wanted: int, tried: str) -> None:
+        """There are too few peers, whatever was tried."""
+        log.warning("few_peers", peers=peers, wanted=wanted, tried=tried)
+        self._events.publish(NetworkError("few_peers", f"{peers} of {wanted} wanted peers: {tried}."))
+
     def hello_refused(self, peer: PeerId, code: str) -> None:
         """A hello failed, whichever side refused."""
         log.info("hello_refused", peer=str(peer), code=code)
         self._metrics.refused(code)
-        self._last_error[peer] = code
-        if len(self._last_error) > MAX_RECENT_RECEIPTS:
-            self._last_error.pop(next(iter(self._last_error)))
+        self.will_close(peer, code)
+
+    def peer_refused(self, peer: PeerId, code: str) -> None:
+        """A peer turned out to be of another network or major version; told once in ten minutes."""
+        self._events.publish(NetworkError(f"hello_{code}", _REFUSALS.get(code, "Hello was refused."), str(peer)))
+
+    def peer_banned(self, peer: PeerId, reason: str) -> None:
+        """A peer is kept away for its messages."""
+        log.warning("peer_banned", peer=str(peer), reason=reason)
+        text = f"Its gossip is not listened to for ten minutes, and it is kept away ({reason})."
+        self._events.publish(NetworkError("peer_banned", text, str(peer)))
 
     # ------------------------------------------------------------ requests of applications
     def http_started(self) -> None:
@@ -182,6 +233,8 @@ class Observer:
         """An executor failed at it."""
         log.info("attempt_failed", peer=str(peer), model=model, stage=stage, code=error.code)
         self._metrics.attempt_failed(error.code)
+        if error.code in _CONNECTION_CODES:
+            self.will_close(peer, error.code)
 
     def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
         """Its answer is complete and verified."""

@@ -14,6 +14,7 @@ from lloom_sidecar.admin.view import (
     ConditionInfo,
     ExecutorInfo,
     ModelInfo,
+    NetworkStatusInfo,
     OfferInfo,
     PathKind,
     PeerInfo,
@@ -23,6 +24,7 @@ from lloom_sidecar.admin.view import (
 )
 from lloom_sidecar.config import HostPort
 from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.network.status import Heard
 from lloom_sidecar.p2p.launch import FEATURE_STDIN_EOF
 from lloom_sidecar.peers.executors import ExecutorView, LeaseState
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
@@ -131,6 +133,7 @@ class View:
                 {"peer": str(v.peer), "connected": v.peer in node.control.connections}
                 for v in node.control.bootstrap.validators
             ],
+            network_status=[network_status_info(heard, now) for heard in node.control.statuses.latest()],
             requests={
                 "in_flight": client.in_flight + executor.in_flight,
                 "served": client.served + executor.served,
@@ -298,6 +301,36 @@ class View:
     async def drain(self) -> None:
         """Begin to drain."""
         await self._node.drain()
+
+
+def network_status_info(heard: Heard, now: float) -> NetworkStatusInfo:
+    """A validator's status as the admin API shows it; ``now`` in monotonic seconds."""
+    status = heard.status
+    return NetworkStatusInfo(
+        peer=str(heard.peer),
+        age_s=round(now - heard.heard_at, 1),
+        current=heard.is_current(now),
+        executors=status.executors,
+        members=status.members,
+        models_total=status.models_total,
+        models=[
+            {
+                "id": model.id,
+                "executors": model.executors,
+                "slots": model.slots,
+                "median_price": {
+                    "prompt_per_million": model.median_price.prompt_per_million,
+                    "completion_per_million": model.median_price.completion_per_million,
+                    "currency": model.median_price.currency,
+                },
+            }
+            for model in status.models
+        ],
+        software=[{"software": name, "nodes": nodes} for name, nodes in status.software],
+        in_flight=status.in_flight,
+        queued=status.queued,
+        slots=status.slots,
+    )
 
 
 def _lease(state: LeaseState) -> Literal["fresh", "suspect", "dead"]:

@@ -22,6 +22,9 @@ SERVICE_EXECUTOR: Final = "/lloom/executor/1.0.0"
 SERVICE_VALIDATOR: Final = "/lloom/validator/1.0.0"
 _SERVICE_MODEL_PREFIX: Final = "/lloom/model/1.0.0/"
 
+MDNS_SERVICE: Final = "_lloom._udp"
+"""Under which nodes find each other on a local link."""
+
 IDENTIFY_PROTOCOL_VERSION: Final = "/lloom/1.0.0"
 
 _CID_V1_RAW_SHA2_256: Final = bytes((0x01, 0x55, 0x12, 0x20))

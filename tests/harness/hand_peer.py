@@ -187,6 +187,11 @@ class Wire(Generic[FrameT]):
         with suppress(StreamClosedError):
             assert await self.receive() is None
 
+    async def expect_silence(self) -> None:
+        """The far side says nothing more, whether it closes or waits: it has a second, and needs milliseconds."""
+        with trio.move_on_after(1):
+            await self.expect_end()
+
     async def __aenter__(self) -> Wire[FrameT]:
         return self
 

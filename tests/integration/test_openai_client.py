@@ -160,11 +160,19 @@ def test_a_client_that_leaves_stops_the_backend(real: Network, streamed: bool) -
             left_at = time.monotonic()
             stream.close()
         else:
-            # It gives up and closes the connection once the backend works; half a second is enough for that.
-            impatient = client.with_options(timeout=0.5)
-            with pytest.raises(openai.APITimeoutError):
-                impatient.chat.completions.create(model=MODEL, messages=MESSAGES, **asked)  # type: ignore[call-overload]
-            left_at = time.monotonic()
+            left: list[float] = []
+
+            def give_up() -> None:
+                impatient = client.with_options(timeout=1.5)
+                with pytest.raises(openai.APITimeoutError):
+                    impatient.chat.completions.create(model=MODEL, messages=MESSAGES, **asked)  # type: ignore[call-overload]
+                left.append(time.monotonic())
+
+            asking = threading.Thread(target=give_up)
+            asking.start()
+            wait_until(lambda: gauge.working() == 1, "the backend to work", timeout_s=20)
+            asking.join(20)
+            (left_at,) = left
         wait_until(lambda: gauge.working() == 0, "the backend to stop")
         took_s = time.monotonic() - left_at
         print(f"stopped {took_s:.3f} s after the client had left")
@@ -225,7 +233,7 @@ def test_a_backends_status_has_its_exception(
         assert caught.value.status_code == status
         assert "scripted refusal" in caught.value.message
     else:
-        # Not the application's fault: a backend's 401 is about its executor's key, its 404 no word on the network's models.
+        # Not the application's fault: the 401 is about the executor's key, the 404 no word on the network's models.
         assert caught.value.status_code == (status if status in (429, 500, 503) else 502)
     assert scripted_client.models.retrieve("scripted").id == "scripted"
 

@@ -75,6 +75,7 @@ class FakeNode:
             executors=1,
             models=1,
             validators=[{"peer": OTHER, "connected": True}],
+            network_status=[],
             requests={"in_flight": 1, "served": 7, "failed": 2, "cancelled": 0, "queued": 0},
             conditions=self.conditions(),
         )

@@ -260,6 +260,8 @@ class TestStreamed:
             b'data:{"choices":[{"index":0,"delta":{"content":"\\u00e9"},"finish_reason":null}]}\n\n',
             b": a comment in front of data\ndata: {}\n\n",
             b"retry: 5\n\n",
+            b'data: {"usage":{"prompt_tokens":1},"choices":5}\n\n',
+            b'data: {"usage":\xff}\n\n',
             *sse(chunk("", "stop")),
         ]
         async with bench(odd) as b:

@@ -512,3 +512,63 @@ class Load(_message.Message):
     tokens_per_s: float
     ttft_s: float
     def __init__(self, in_flight: _Optional[int] = ..., queued: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+
+class NetworkStatusClaims(_message.Message):
+    __slots__ = ("peer", "sequence", "issued_at_ms", "ttl_ms", "network_id", "tag", "executors", "members", "models_total", "models", "software", "load")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    peer: bytes
+    sequence: int
+    issued_at_ms: int
+    ttl_ms: int
+    network_id: bytes
+    tag: bytes
+    executors: int
+    members: int
+    models_total: int
+    models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
+    software: _containers.RepeatedCompositeFieldContainer[SoftwareCount]
+    load: LoadSum
+    def __init__(self, peer: _Optional[bytes] = ..., sequence: _Optional[int] = ..., issued_at_ms: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., network_id: _Optional[bytes] = ..., tag: _Optional[bytes] = ..., executors: _Optional[int] = ..., members: _Optional[int] = ..., models_total: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., software: _Optional[_Iterable[_Union[SoftwareCount, _Mapping]]] = ..., load: _Optional[_Union[LoadSum, _Mapping]] = ...) -> None: ...
+
+class ModelStatus(_message.Message):
+    __slots__ = ("id", "executors", "slots", "median_price", "priced_executors")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_PRICE_FIELD_NUMBER: _ClassVar[int]
+    PRICED_EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    executors: int
+    slots: int
+    median_price: Price
+    priced_executors: int
+    def __init__(self, id: _Optional[str] = ..., executors: _Optional[int] = ..., slots: _Optional[int] = ..., median_price: _Optional[_Union[Price, _Mapping]] = ..., priced_executors: _Optional[int] = ...) -> None: ...
+
+class SoftwareCount(_message.Message):
+    __slots__ = ("software", "nodes")
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    software: str
+    nodes: int
+    def __init__(self, software: _Optional[str] = ..., nodes: _Optional[int] = ...) -> None: ...
+
+class LoadSum(_message.Message):
+    __slots__ = ("in_flight", "queued", "slots")
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    in_flight: int
+    queued: int
+    slots: int
+    def __init__(self, in_flight: _Optional[int] = ..., queued: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
