@@ -50,8 +50,8 @@ from .router import Route, Router
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
 _APPLICATIONS_OWN: Final = PASS_THROUGH_STATUSES | {402, 429}
-"""Statuses below 500 that an executor's refusal may have for the application. Others would mislead it: a backend's 401 is
-about its executor's key, not the application's, and its 404 is no word on the network's models."""
+"""Statuses below 500 that an executor's refusal may have for the application. Others would mislead it: a backend's 401
+is about its executor's key, not the application's, and its 404 is no word on the network's models."""
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer that is held until its receipt was verified."""
 _JSON: Final = (b"content-type", b"application/json")
@@ -114,7 +114,7 @@ class OpenAiApi:
         self._started_at_s = started_at_s
 
     async def __call__(self, request: Request, response: Response) -> None:
-        """Serve one HTTP request. Raises ClientDisconnectedError only, when the application left while it was written to."""
+        """Serve one HTTP request. Raises ClientDisconnectedError only: the application left while it was written to."""
         path = request.path
         operation = OPERATION_OF_PATH.get(path)
         try:

@@ -118,8 +118,15 @@ class Bootstrap:
         missing = [(v, v.attempts) for v in self.validators if v.peer not in self.joined]
         self._retry.set()
         self._retry = trio.Event()
+        await self._attempted(missing, timeout_s)
+
+    async def first_tried(self, *, timeout_s: float) -> None:
+        """Return when every validator was tried once since the start, or after ``timeout_s``."""
+        await self._attempted([(v, 0) for v in self.validators], timeout_s)
+
+    async def _attempted(self, before: Sequence[tuple[Validator, int]], timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
-            while any(v.attempts == before and not v.is_joined for v, before in missing):
+            while any(v.attempts == attempts and not v.is_joined for v, attempts in before):
                 await self._settled.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import structlog
 import trio
 
-from lloom_sidecar.errors import LloomError
+from lloom_sidecar.errors import DaemonError, LloomError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.peers.standing import Standing
 
@@ -90,7 +91,7 @@ class Greeter:
         self._seen.pop(peer, None)
 
     def look_now(self) -> None:
-        """Somebody was banned: do not wait for the next look."""
+        """Somebody was banned, or speaks though it is: look now, at p2pd too."""
         self._wake.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -109,6 +110,8 @@ class Greeter:
                         nursery.start_soon(self._greet, peer, seen)
                 with trio.move_on_after(TICK_S):
                     await self._wake.wait()
+                    with suppress(DaemonError):  # the supervisor reports that p2pd is away
+                        await self._connections.look()
                 self._wake = trio.Event()
 
     def _see(self, peer: PeerId, now: float) -> _Seen:

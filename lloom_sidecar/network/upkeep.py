@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,7 +27,7 @@ from .known_peers import KnownPeers, Rejoined
 
 TICK_S: Final = 1.0
 FIRST_ROUND_S: Final = 2.0
-"""From the start: validators that answer have done so by then."""
+"""Longest wait for the validators' first answers at the start."""
 ROUND_TIMEOUT_S: Final = 10.0
 """For the validators' answers, before peers of earlier are dialled."""
 FIRST_URGENT_S: Final = 5.0
@@ -104,6 +105,10 @@ class Upkeep:
         self._round_every_s = round_every_s
         self._refresh_every_s = refresh_every_s
         self._rng = rng
+        self._next_round = float("inf")
+        self._next_urgent = float("-inf")
+        self._backoff_s = FIRST_URGENT_S
+        self._has_warned = False
         self.table_peers: int | None = None
         """Peers that the last walk of the routing table came to, None = there was none yet."""
 
@@ -125,29 +130,36 @@ class Upkeep:
         return self.is_short or not (self._bootstrap.joined or self._members())
 
     async def _rounds(self) -> None:
-        now = trio.current_time()
-        next_round = now + self._jittered(self._round_every_s)
-        next_urgent, backoff_s = now + FIRST_ROUND_S, FIRST_URGENT_S
-        was_short = False
+        await self._bootstrap.first_tried(timeout_s=FIRST_ROUND_S)
+        self._next_round = trio.current_time() + self._jittered(self._round_every_s)
         while True:
+            await self.look()
             await trio.sleep(TICK_S)
-            now = trio.current_time()
-            if not self._is_urgent:
-                next_urgent, backoff_s = now, FIRST_URGENT_S
-                was_short = was_short and self.is_short
-            is_periodic = now >= next_round
-            if not is_periodic and not (self._is_urgent and now >= next_urgent):
-                continue
-            found = await self.round()
-            tried = found.describe()
-            if self.is_short:
-                tried += f", {await self.refresh()} peers found in the DHT"
-            if self.is_short and (is_periodic or not was_short):
-                was_short = True
-                self._observer.few_peers(len(self._connections), self._min_peers, tried)
-            now = trio.current_time()
-            next_round = now + self._jittered(self._round_every_s) if is_periodic else next_round
-            next_urgent, backoff_s = now + self._jittered(backoff_s), min(MAX_URGENT_S, 2 * backoff_s)
+
+    async def look(self) -> None:
+        """Do a round if one is due."""
+        if self._is_urgent:
+            with suppress(DaemonError):  # the supervisor reports that p2pd is away
+                # What is known of connections may be a second old.
+                await self._connections.look()
+        now = trio.current_time()
+        is_urgent, is_periodic = self._is_urgent, now >= self._next_round
+        if not is_urgent:
+            self._next_urgent, self._backoff_s = now, FIRST_URGENT_S
+            self._has_warned = False
+        if not is_periodic and not (is_urgent and now >= self._next_urgent):
+            return
+        tried = (await self.round()).describe()
+        if self.is_short:
+            tried += f", {await self.refresh()} peers found in the DHT"
+        if self.is_short and (is_periodic or not self._has_warned):
+            self._has_warned = True
+            self._observer.few_peers(len(self._connections), self._min_peers, tried)
+        now = trio.current_time()
+        if is_periodic:
+            self._next_round = now + self._jittered(self._round_every_s)
+        self._next_urgent = now + self._jittered(self._backoff_s)
+        self._backoff_s = min(MAX_URGENT_S, 2 * self._backoff_s)
 
     async def round(self) -> Round:
         """One round of bootstrap. Never raises LloomError."""

@@ -304,7 +304,8 @@ class ControlPlane:
         now = trio.current_time()
         if self.standing.ban_of(peer, now) is None:
             return False
-        if peer in self.connections and now >= self._next_drop_at:
+        if now >= self._next_drop_at:
+            # It may be a neighbour again since the last look at the connections.
             self._next_drop_at = now + DROP_AGAIN_S
             self.greeter.look_now()
         return True

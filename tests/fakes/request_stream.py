@@ -1,11 +1,11 @@
-"""The far side of request streams, in this process: a daemon that opens them over socket pairs, and a scripted responder.
+"""The far side of request streams, in this process: a daemon that opens them over socket pairs, a scripted responder.
 
     daemon = FakeStreamDaemon(nursery)
     daemon.play(serve())                      # the script of every stream that is opened from now on
     pool = StreamPool(lambda: daemon, ...)
 
-The frames are made by the protocol's own ``ResponderStream``, so that a script can only break the rules on purpose, with
-``send_raw``.
+The frames are made by the protocol's own ``ResponderStream``, so that a script can only break the rules on purpose,
+with ``send_raw``.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ REFUSED = {
     "no deadline": (Draft({"deadline_ms": 0}), "bad_request"),
     "a header in traceparent": (Draft({"traceparent": "00-1\r\nx: y"}), "bad_request"),
     "model id with control characters": (Draft({"model": "a\nb"}), "bad_request"),
-    "operation that is not served": (Draft({"operation": pb.OPERATION_QUOTE}), "unsupported_operation"),
+    "operation that is not served": (Draft({"operation": pb.OPERATION_RESPONSES}), "unsupported_operation"),
     "model that is not served": (Draft({"model": "another"}), "model_not_served"),
     "compressed without agreement": (Draft(request={"encoding": pb.ENCODING_ZSTD}), "bad_request"),
     "no body": (Draft(body=b""), "invalid_json"),

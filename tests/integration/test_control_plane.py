@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sqlite3
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import trio
 
+from lloom_sidecar.errors import DaemonError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.protocol.announcement import seal_announcement
@@ -73,23 +76,22 @@ def test_the_validators_status_reaches_every_node(network: Network) -> None:
 
 
 async def test_a_status_of_somebody_else_is_counted_and_not_shown(network: Network, hand: HandPeer) -> None:
-    async with hand.daemon(network.client) as daemon:
-        async with daemon.subscribe(TOPIC_NETWORK):
-            await _topic_peer(daemon, TOPIC_NETWORK)
-            before = await trio.to_thread.run_sync(
-                lambda: network.client.metric("lloom_messages_received_total", kind="status")
-            )
-            status = NetworkStatus(executors=99)
-            raw = seal_status(
-                signer=hand.signer, key=key_of(network), sequence=1, issued_at_ms=now_ms(), ttl_s=60, status=status
-            )
-            await daemon.publish(TOPIC_NETWORK, raw)
-            await daemon.publish(TOPIC_NETWORK, b"no status at all")
+    async with hand.daemon(network.client) as daemon, daemon.subscribe(TOPIC_NETWORK):
+        await _topic_peer(daemon, TOPIC_NETWORK)
+        before = await trio.to_thread.run_sync(
+            lambda: network.client.metric("lloom_messages_received_total", kind="status")
+        )
+        status = NetworkStatus(executors=99)
+        raw = seal_status(
+            signer=hand.signer, key=key_of(network), sequence=1, issued_at_ms=now_ms(), ttl_s=60, status=status
+        )
+        await daemon.publish(TOPIC_NETWORK, raw)
+        await daemon.publish(TOPIC_NETWORK, b"no status at all")
 
-            def heard() -> bool:
-                return network.client.metric("lloom_messages_received_total", kind="status") >= before + 2
+        def heard() -> bool:
+            return network.client.metric("lloom_messages_received_total", kind="status") >= before + 2
 
-            await trio.to_thread.run_sync(lambda: wait_until(heard, "the status to arrive"))
+        await trio.to_thread.run_sync(lambda: wait_until(heard, "the status to arrive"))
     shown = {one["peer"] for one in network.client.status()["network_status"]}
     assert shown == {network.validators[0].peer}
     assert network.client.metric("lloom_statuses_dropped_total", reason="envelope") == 1
@@ -167,47 +169,50 @@ async def test_a_flooder_is_kept_away_and_what_is_still_forwarded(hand: HandPeer
 
         sent = 0
         rates: list[float] = []
+        target, address = PeerId.parse(validator.peer), Multiaddr.parse(validator.address)
 
         async with hand.daemon(validator) as daemon, trio.open_nursery() as nursery:
 
             async def flood() -> None:
                 nonlocal sent
-                number = 0
                 while True:
                     for _ in range(20):
-                        await daemon.publish(TOPIC_EXECUTORS, forged(hand, network, number))
-                        number += 1
+                        await daemon.publish(TOPIC_EXECUTORS, forged(hand, network, sent))
                         sent += 1
                     await trio.sleep(0.05)
-                    # It comes back whenever it is thrown out.
-                    with trio.move_on_after(2):
-                        await daemon.connect(
-                            PeerId.parse(validator.peer), [Multiaddr.parse(network.validators[0].address)]
-                        ) if sent % 400 == 0 else None
+
+            async def come_back() -> None:
+                while True:
+                    await trio.sleep(1)
+                    with suppress(DaemonError):
+                        await daemon.connect(target, [address])
 
             async with daemon.subscribe(TOPIC_EXECUTORS):
                 await _topic_peer(daemon, TOPIC_EXECUTORS)
                 before, began_at = received(client), time.monotonic()
                 nursery.start_soon(flood)
+                nursery.start_soon(come_back)
                 await trio.to_thread.run_sync(
                     lambda: wait_until(
                         lambda: validator.metric("lloom_peers_banned_total", reason="signature") == 1, "the ban"
                     )
                 )
                 banned_after_s = time.monotonic() - began_at
-                for _ in range(5):
-                    count, at = received(client), time.monotonic()
+                for _ in range(8):
+                    count, at = await trio.to_thread.run_sync(received, client), time.monotonic()
                     await trio.sleep(1)
                     rates.append((await trio.to_thread.run_sync(received, client) - count) / (time.monotonic() - at))
                 sent_per_s = sent / (time.monotonic() - began_at)
                 nursery.cancel_scope.cancel()
         print(
             f"flood of {sent_per_s:.0f}/s: banned after {banned_after_s:.2f} s; the node behind got "
-            f"{received(client) - before:.0f} in all, then {statistics.median(rates):.0f}/s ({rates})"
+            f"{received(client) - before:.0f} in all, then {statistics.mean(rates):.0f}/s on average "
+            f"({', '.join(f'{rate:.0f}' for rate in rates)})"
         )
         assert "peer_banned" in errors_of(validator)
         closed = events_of(validator, "connection_closed")
-        assert ("banned" in {event["cause"] for event in closed if event["peer"] == str(hand.peer)}) is True
+        assert "banned" in {event["cause"] for event in closed if event["peer"] == str(hand.peer)}
+        assert statistics.mean(rates) < sent_per_s / 2
         # Whatever came: nothing of it is believed, and the honest executor is still there.
         assert set(client.executors()) == {network.executors[0].peer}
         assert client.chat("still here").status_code == 200
@@ -230,8 +235,6 @@ def test_without_any_validator_a_restarted_node_rejoins_from_its_store() -> None
         client = network.client
 
         def remembered() -> bool:
-            import sqlite3
-
             with sqlite3.connect(client.home / "lloom.db") as database:
                 rows = database.execute("SELECT roles FROM known_peers").fetchall()
             return sum("executor" in roles for (roles,) in rows) == 2
@@ -262,7 +265,7 @@ def test_too_few_peers_are_said_with_what_was_tried(network: Network) -> None:
         text = str(errors[0]["text"])
         assert text.startswith("0 of 1 wanted peers: 0 of 1 validators answer")
         assert "peers found in the DHT" in text
-        assert "few_peers" in lonely.conditions()
+        wait_until(lambda: "few_peers" in lonely.conditions(), "the condition")
         wait_until(lambda: len(events_of(lonely, "bootstrap_complete")) >= 2, "the periodic rounds", timeout_s=30)
     finally:
         lonely.stop()

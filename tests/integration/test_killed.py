@@ -27,7 +27,7 @@ GRACE_S = 5.0
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
-    # A restarted executor gets into the gossip at the next heartbeat: with the default of 10 s this file would mostly wait.
+    # A restarted executor gets into the gossip at the next heartbeat: with the default of 10 s this would mostly wait.
     with Network(validators=1, executors=2, clients=1, flags=["--heartbeat", "1"]) as network:
         yield network
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -46,13 +47,15 @@ def test_any_cutting(data: st.DataObject, n: int, rest: bytes) -> None:
     places = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=12)))
     bounds = [0, *places, len(whole)]
     tail = TailHolder(n)
-    fed = b"".join(tail.feed(whole[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    fed = b"".join(tail.feed(whole[a:b]) for a, b in itertools.pairwise(bounds))
     assert fed == b"".join(made[:passes])
     assert fed + tail.release() == whole
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.binary(max_size=20) | st.sampled_from([b"data: [DONE]\n\n", b'"finish_reason":"s"\n\n']), max_size=8))
+@given(
+    st.lists(st.binary(max_size=20) | st.sampled_from([b"data: [DONE]\n\n", b'"finish_reason":"s"\n\n']), max_size=8)
+)
 def test_any_bytes_come_out_as_they_went_in(pieces: list[bytes]) -> None:
     tail = TailHolder()
     assert b"".join([*(tail.feed(piece) for piece in pieces), tail.release()]) == b"".join(pieces)

@@ -1,7 +1,8 @@
-"""A document that was cut into chunks anywhere comes out of the merger as it was; and no chunk makes it fail otherwise."""
+"""A document that was cut into chunks anywhere comes out of the merger as it was; no chunk makes it fail otherwise."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -43,7 +44,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
 def cut(draw: st.DrawFn, text: str) -> list[str]:
     places = sorted(draw(st.lists(st.integers(0, len(text)), max_size=3)))
     bounds = [0, *places, len(text)]
-    return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 @st.composite
@@ -103,24 +104,45 @@ def test_completions_too(pieces: list[str], n: int) -> None:
     merger = ChunkMerger(is_chat=False)
     for piece in pieces:
         for index in range(n):
-            merger.feed(json.dumps({"object": "text_completion", "choices": [{"index": index, "text": piece}]}).encode())
+            merger.feed(
+                json.dumps({"object": "text_completion", "choices": [{"index": index, "text": piece}]}).encode()
+            )
     assert [c["text"] for c in json.loads(merger.document())["choices"]] == ["".join(pieces)] * n
 
 
 NOISE = st.recursive(
     st.none() | st.booleans() | st.integers(0, 3) | TEXT,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(
-            "index delta content tool_calls function function_call arguments text logprobs tokens usage role id".split()
-        ),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "index",
+                    "delta",
+                    "content",
+                    "tool_calls",
+                    "function",
+                    "function_call",
+                    "arguments",
+                    "text",
+                    "logprobs",
+                    "tokens",
+                    "usage",
+                    "role",
+                    "id",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=6,
 )
 CHUNK = st.fixed_dictionaries(
-    {"choices": NOISE | st.lists(st.fixed_dictionaries({"index": st.integers(0, 1), "delta": NOISE, "text": NOISE}), max_size=2)}
+    {
+        "choices": NOISE
+        | st.lists(st.fixed_dictionaries({"index": st.integers(0, 1), "delta": NOISE, "text": NOISE}), max_size=2)
+    }
 )
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from random import Random
 
-from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.ids import PeerId
 from lloom_sidecar.protocol.announcement import MAX_TTL_S, announcement_interval_s, announcement_ttl_s
 from lloom_sidecar.protocol.offers import Announcement, Kind, Load, ModelOffer
 
@@ -32,8 +32,6 @@ class SimulatedExecutor:
         self.started_at = started_at
         self.mesh_ready_at = mesh_ready_at
         self.models = (ModelOffer(id=model, slots=4),)
-        # A subnet of its own: what the quotas do is not the question here.
-        self.addrs = (Multiaddr.parse(f"/ip4/{20 + (number >> 16)}.{number >> 8 & 255}.{number & 255}.1/tcp/4001"),)
         self.ttft_s = 0.1 + 0.8 * (number * 0.618034 % 1.0)
         self.is_alive = True
         self.has_left = False
@@ -90,7 +88,7 @@ class SimulatedExecutor:
             kind=kind,
             network_id=b"",
             is_member=True,
-            addrs=self.addrs if is_full else (),
+            addrs=(),  # nobody is dialled, and what the quotas by subnet do is not the question here
             models=self.models if is_full else (),
             load=Load(ttft_s=self.ttft_s),
             software="",
@@ -100,5 +98,3 @@ class SimulatedExecutor:
         )
         self.made.append(made)
         return made
-
-

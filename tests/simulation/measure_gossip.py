@@ -8,6 +8,7 @@ Bytes are those of the loopback interface, so they are exact only in a network n
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -142,7 +143,7 @@ async def measure_chain(heartbeat_s: float, messages: int) -> dict[str, Any]:
     """Nodes in a line, so that the number of hops is known: publish at one end, time of receipt at each."""
     async with open_lab(heartbeat_s) as lab:
         nodes = [await lab.node() for _ in range(NODES)]
-        for near, far in zip(nodes, nodes[1:], strict=False):
+        for near, far in itertools.pairwise(nodes):
             await connect(near, far)
         await lab.settle()
         said: dict[int, float] = {}

@@ -42,9 +42,11 @@ class Parameters:
     executors: int
     seed: int = 1
     warm_up_s: float | None = None
-    """Before anything is counted; None = one lease and at least 60 s."""
+    """Before anything is counted; None = one lease, at least 60 s."""
     window_s: float = 300.0
-    """Deaths, joins and traffic are counted in it; the run goes on until the last death must be known."""
+    """Deaths, joins and traffic are counted in it."""
+    tail_s: float | None = None
+    """After it, for what began in it; None = until the last death must be known."""
     observers: int = 8
     """Clients with a full book. The other nodes are not simulated, only their share of the traffic."""
     clients_per_executor: float = 1.0

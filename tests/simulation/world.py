@@ -74,7 +74,7 @@ class World:
         warm_up_s = parameters.warm_up_s
         self._window_from = START_S + (max(60.0, self.ttl_s) if warm_up_s is None else warm_up_s)
         self._window_until = self._window_from + parameters.window_s
-        self._until = self._window_until + self.ttl_s + 10.0
+        self._until = self._window_until + (self.ttl_s + 10.0 if parameters.tail_s is None else parameters.tail_s)
         self._settle()
         self._plan()
 
@@ -278,8 +278,10 @@ class World:
         self._forget_later(executor)
 
     def _forget_later(self, executor: SimulatedExecutor) -> None:
-        # A catalogue or a probe may still ask for it.
-        self.after(1000.0, lambda: self.by_peer.pop(executor.peer, None) and None)
+        def forget() -> None:
+            del self.by_peer[executor.peer]
+
+        self.after(1000.0, forget)  # until then a catalogue or a probe may ask for it
 
     def _join(self, place: int) -> None:
         ready_s = self.rng.uniform(*self.parameters.mesh_forms_s)
@@ -320,9 +322,7 @@ class World:
             observer.take_page(page)
             if page.truncated:
                 more = self.validator.book.entries_since(page.cursor, now=self.now)
-                self.after(
-                    parameters.rtt_s + page_bytes(more) / parameters.bandwidth_bytes_s, lambda: read(more)
-                )
+                self.after(parameters.rtt_s + page_bytes(more) / parameters.bandwidth_bytes_s, lambda: read(more))
                 return
             check()
 
@@ -423,9 +423,7 @@ class World:
 def page_bytes(page: CataloguePage) -> int:
     """What a catalogue's page has on the wire, with sealed announcements in the place of the model's."""
     sizes = real_sizes()
-    return sum(
-        sizes.full + (sizes.heartbeat if item.heartbeat else 0) + _ENTRY_OVERHEAD_BYTES for item in page.items
-    )
+    return sum(sizes.full + (sizes.heartbeat if item.heartbeat else 0) + _ENTRY_OVERHEAD_BYTES for item in page.items)
 
 
 def simulate(parameters: Parameters) -> dict[str, Any]:

@@ -67,12 +67,12 @@ class FakeExchange:
             elif isinstance(line, Exception):
                 raise line
             else:
-                return cast(bytes, line)
+                return cast("bytes", line)
         return None
 
 
 class FakeRouter(Router):
-    """Hands a scripted exchange to ``use``, or raises; what ``use`` raises it raises, as the real one in the end does."""
+    """Hands a scripted exchange to ``use``, or raises; what ``use`` raises it raises, as the real one does."""
 
     def __init__(self, *script: Any) -> None:
         self.script = list(script)
@@ -132,9 +132,7 @@ class Bench:
         self.observer = Observer()
         self.faults: list[BaseException] = []
         self.book = PeerBook(me=ME, is_open=True, allow_list=frozenset())
-        self.api = OpenAiApi(
-            router=router, book=self.book, settings=settings, observer=self.observer, started_at_s=77
-        )
+        self.api = OpenAiApi(router=router, book=self.book, settings=settings, observer=self.observer, started_at_s=77)
         self.port = 0
         self.client = httpx.AsyncClient()
 
@@ -196,9 +194,16 @@ class TestPaths:
 
     async def test_the_key(self) -> None:
         async with bench(b"{}", api_keys=("k1", "k2")) as b:
-            for given in ({}, {"authorization": "Bearer k3"}, {"authorization": "k1"}, {"authorization": "Bearer \xe9"}):
+            for given in (
+                {},
+                {"authorization": "Bearer k3"},
+                {"authorization": "k1"},
+                {"authorization": "Bearer \xe9"},
+            ):
                 response = await b.client.post(
-                    "/v1/chat/completions", json=BODY, headers={k: v.encode("latin-1") for k, v in given.items()}
+                    "/v1/chat/completions",
+                    json=BODY,
+                    headers=[(b"authorization", v.encode("latin-1")) for v in given.values()],
                 )
                 assert response.status_code == 401
                 assert error_of(response)["type"] == "authentication_error"
@@ -311,7 +316,12 @@ class TestCalls:
             (NoExecutorError("none", retry_after_s=7.4), 503, "no_executor", "7"),
             (DaemonUnavailableError("away"), 503, "daemon_unavailable", "2"),
             (PeerBusyError("busy", retry_after_s=0.1), 503, "peer_busy", "1"),
-            (RefusedError("r", code="backend_rejected", http_status=422, body=b'{"error":{"message":"b"}}'), 422, "backend_rejected", None),
+            (
+                RefusedError("r", code="backend_rejected", http_status=422, body=b'{"error":{"message":"b"}}'),
+                422,
+                "backend_rejected",
+                None,
+            ),
         ],
     )
     @pytest.mark.parametrize("body", [BODY, STREAMED])
@@ -428,7 +438,9 @@ class TestLeaving:
     async def test_one_that_leaves_within_its_body(self) -> None:
         async with bench() as b:
             stream = await trio.open_tcp_stream("127.0.0.1", b.port)
-            await stream.send_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{")
+            await stream.send_all(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"
+            )
             await stream.aclose()
             with trio.fail_after(5):
                 await b.observer.has_ended.wait()

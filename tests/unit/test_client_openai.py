@@ -112,7 +112,12 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("status", "kind"),
-        [(400, "invalid_request_error"), (401, "authentication_error"), (429, "rate_limit_error"), (418, "server_error")],
+        [
+            (400, "invalid_request_error"),
+            (401, "authentication_error"),
+            (429, "rate_limit_error"),
+            (418, "server_error"),
+        ],
     )
     def test_types(self, status: int, kind: str) -> None:
         assert error_type(status) == kind

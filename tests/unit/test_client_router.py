@@ -65,7 +65,7 @@ class FakeExchange:
             elif isinstance(line, Exception):
                 raise line
             else:
-                return cast(bytes, line)
+                return cast("bytes", line)
         self.receipt = Receipt(pb.ReceiptClaims(), 1, b"", b"", b"", b"")
         return None
 
@@ -92,7 +92,7 @@ class Bench:
         limits = HealthLimits(budget_initial_s=self.budget_s)
         self.health = HealthBook(limits)
         self.router = Router(
-            pool=cast(StreamPool, None),
+            pool=cast("StreamPool", None),
             signer=SIGNER,
             book=self.book,
             health=self.health,
@@ -109,9 +109,7 @@ class Bench:
         offer = ModelOffer("m", price=price or Price())
         who = peer(number)
         self.book.apply(
-            Announcement(
-                who, 1, 0, ttl_s, Kind.INITIAL, b"", True, (), (offer,), Load(), "", b"", digest, digest
-            ),
+            Announcement(who, 1, 0, ttl_s, Kind.INITIAL, b"", True, (), (offer,), Load(), "", b"", digest, digest),
             now=trio.current_time(),
             direct=True,
             source=None,
@@ -146,8 +144,8 @@ class Bench:
             raise step
         step = list(step)
         if step and isinstance(step[0], float):
-            await trio.sleep(step.pop(0))
-        yield cast(Exchange, FakeExchange(peer, step))
+            await trio.sleep(float(step.pop(0)))
+        yield cast("Exchange", FakeExchange(peer, step))
 
     async def run(self, use: Any = None, *, commits: bool = False, **wanted: Any) -> Route:
         route = Route(trio.current_time())

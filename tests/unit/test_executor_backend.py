@@ -104,7 +104,7 @@ class TestListing:
         assert [offer.id for offer in backend.state.offers] == ["a", "org/b:1"]
         offer = backend.offer("org/b:1")
         assert offer is not None
-        assert (offer.context_length, offer.features, offer.slots) == (4096, {"chat"}, DEFAULT_SLOTS)
+        assert (offer.context_length, offer.features, offer.slots) == (4096, frozenset({"chat"}), DEFAULT_SLOTS)
         assert backend.offer("x") is None
         assert ("/v1/models", "Bearer secret") in server.requests
 
@@ -116,7 +116,8 @@ class TestListing:
         assert (await probed(server, slots=7)).state.slots == 7
 
     @pytest.mark.parametrize(
-        "props", [(200, b"not json"), (200, []), (200, {"total_slots": "x"}), (500, b""), "cut", (200, {"total_slots": 0})]
+        "props",
+        [(200, b"not json"), (200, []), (200, {"total_slots": "x"}), (500, b""), "cut", (200, {"total_slots": 0})],
     )
     async def test_strange_properties_do_not_matter(self, server: Server, props: Any) -> None:
         server.answers["/props"] = props
@@ -215,7 +216,9 @@ class TestCalls:
                 assert await answer.receive_some() == b""
         assert (CALL.path, "Bearer k") in server.requests
 
-    @pytest.mark.parametrize(("status", "retryable"), [(400, False), (422, False), (401, True), (404, True), (503, True)])
+    @pytest.mark.parametrize(
+        ("status", "retryable"), [(400, False), (422, False), (401, True), (404, True), (503, True)]
+    )
     async def test_an_error_status(self, server: Server, status: int, retryable: bool) -> None:
         body = b'{"error":{"message":"no"}}'
         server.answers[CALL.path] = status, body

@@ -343,7 +343,10 @@ class TestBackendFails:
             ([*sse(chunk("a"), done=False), BackendTimeoutError("silent")], "backend_timeout"),
             ([*sse(chunk("a"), done=False), BackendUnavailableError("cut")], "backend_unavailable"),
             ([b'data: {"error":{"message":"oom"}}\n\n', *sse(*HELLO)], "backend_rejected"),
-            ([*sse(chunk("a"), done=False), b'data: { "error" : {"message":"oom"}}\n\n', *sse(*HELLO)], "backend_rejected"),
+            (
+                [*sse(chunk("a"), done=False), b'data: { "error" : {"message":"oom"}}\n\n', *sse(*HELLO)],
+                "backend_rejected",
+            ),
             ([ZeroDivisionError()], "internal"),
         ],
         ids=["cut", "vllm", "half", "empty", "silent", "lost", "error", "late error", "bug"],
@@ -391,9 +394,7 @@ class TestBackendFails:
             await r.ask(body)
             assert await r.answer()
 
-    @pytest.mark.parametrize(
-        "after", [[5.0], [IncompleteBodyError("no last chunk")], [BackendUnavailableError("cut")]]
-    )
+    @pytest.mark.parametrize("after", [[5.0], [IncompleteBodyError("no last chunk")], [BackendUnavailableError("cut")]])
     async def test_what_comes_after_done_does_not_matter(self, after: list[Line], autojump_clock: MockClock) -> None:
         async with bench([*sse(*HELLO), *after]) as b:
             r = await b.open()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -452,11 +452,8 @@ class TestModel:
         async with bench(flaky) as b, trio.open_nursery() as nursery:
 
             async def take(scope: trio.CancelScope, fresh: bool) -> None:
-                with scope:
-                    try:
-                        held.append(await b.pool.acquire(PEER, fresh=fresh))
-                    except LloomError:
-                        pass
+                with scope, suppress(LloomError):
+                    held.append(await b.pool.acquire(PEER, fresh=fresh))
 
             def step() -> None:
                 action = rng.choice(["take", "take", "take", "release", "discard", "cancel", "sweep", "drop"])
@@ -497,5 +494,3 @@ def assert_counted(pool: StreamPool, held: list[Link]) -> None:
     assert in_use == len(held)
     streams = pool._peers.get(PEER)
     assert (0 if streams is None else streams.open_count) == in_use + idle
-
-

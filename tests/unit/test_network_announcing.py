@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -116,7 +117,7 @@ async def test_heartbeats_refer_to_it_and_carry_the_load(autojump_clock: MockClo
     assert 2 <= len(beats) <= 4
     assert all(one.full_digest == full.digest for _, one in beats)
     assert beats[-1][1].load.in_flight == 3
-    assert all(9 <= later - earlier <= 10.1 for (earlier, _), (later, _) in zip(beats, beats[1:], strict=False))
+    assert all(9 <= later - earlier <= 10.1 for (earlier, _), (later, _) in itertools.pairwise(beats))
     sequences = [one.sequence for _, one in b.heard]
     assert sequences == sorted(set(sequences))
     assert b.published == len(b.heard)
@@ -152,7 +153,10 @@ async def test_a_full_one_every_ten_minutes(autojump_clock: MockClock, b: Bench)
     await trio.sleep(2 * FULL_EVERY_S + 60)
     times = [at for at, one in b.heard if one.is_full and at > 2]
     assert len(times) == 2
-    assert all(FULL_EVERY_S <= later - earlier <= FULL_EVERY_S + 12 for earlier, later in zip([0.0, *times], times, strict=False))
+    assert all(
+        FULL_EVERY_S <= later - earlier <= FULL_EVERY_S + 12
+        for earlier, later in zip([0.0, *times], times, strict=False)
+    )
 
 
 async def test_the_end_is_told(autojump_clock: MockClock, b: Bench) -> None:
@@ -177,7 +181,9 @@ async def test_a_daemon_that_hangs_does_not_hold_up_the_end(autojump_clock: Mock
 
 
 @pytest.mark.parametrize("way", ["no models", "draining"])
-async def test_what_is_offered_no_more_is_withdrawn_once_and_offered_again(autojump_clock: MockClock, b: Bench, way: str) -> None:
+async def test_what_is_offered_no_more_is_withdrawn_once_and_offered_again(
+    autojump_clock: MockClock, b: Bench, way: str
+) -> None:
     await b.nursery.start(b.announcer.run)
     await trio.sleep(2.5)
     models, b.models = b.models, () if way == "no models" else b.models

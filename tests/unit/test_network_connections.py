@@ -79,7 +79,7 @@ class Network:
 
 def connections(network: Network, *addrs: Multiaddr) -> tuple[Connections, Seen]:
     seen = Seen()
-    made = Connections(get_daemon=lambda: cast(Daemon, network), addrs_of=lambda peer: addrs, observer=seen)
+    made = Connections(get_daemon=lambda: cast("Daemon", network), addrs_of=lambda peer: addrs, observer=seen)
     return made, seen
 
 

@@ -237,7 +237,9 @@ class Book:
     """Catalogue pages of numbered entries."""
 
     def __init__(self, count: int, size: int = 10, per_page: int = 10_000) -> None:
-        self.items = [CatalogueItem(n, PeerId.from_ed25519(bytes(32)), b"f" * size, b"h", 1.5) for n in range(1, count + 1)]
+        self.items = [
+            CatalogueItem(n, PeerId.from_ed25519(bytes(32)), b"f" * size, b"h", 1.5) for n in range(1, count + 1)
+        ]
         self.per_page = per_page
         self.asked: list[tuple[str, int]] = []
 

@@ -366,9 +366,7 @@ class TestLookUp:
             await here.discovery.look_up("m")
             assert here.found_s == []
 
-    async def test_records_are_put_until_it_succeeds_and_again_after_a_restart(
-        self, autojump_clock: MockClock
-    ) -> None:
+    async def test_records_are_put_until_it_succeeds_and_again_after_a_restart(self, autojump_clock: MockClock) -> None:
         async with sidecars(2) as (here, _), trio.open_nursery() as nursery:
             here.node.p2pd.refuse["DHT PROVIDE"] = "failed to find any peer in table"
             await nursery.start(lambda task_status: here.discovery.run(searches=False, task_status=task_status))
@@ -418,7 +416,7 @@ class TestBootstrap:
             assert (there.node.peer, VALIDATOR_TAG) in here.node.p2pd.tags
 
     async def test_it_is_dialled_with_growing_pauses_until_it_is_there(self, autojump_clock: MockClock) -> None:
-        async with self.pair() as (here, there, nursery):
+        async with self.pair() as (here, _there, nursery):
             here.node.p2pd.refuse["CONNECT"] = "nobody there"
             await nursery.start(here.bootstrap.run)
             await trio.sleep(300)
