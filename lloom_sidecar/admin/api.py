@@ -5,11 +5,13 @@
 | GET /v1/status | ``view.Status`` |
 | GET /v1/peers, /v1/models, /v1/executors | ``{"peers": [view.PeerInfo]}`` and so on |
 | GET /v1/receipts/{request id} | ``view.ReceiptInfo`` |
-| GET /v1/config | ``{"settings": [view.SettingInfo]}`` |
+| GET /v1/config | ``{"settings": [view.SettingInfo], "p2pd": [operations.EffectiveInfo]}`` |
 | GET /v1/metrics | Prometheus text |
 | GET /v1/events?follow=0|1&history=0|1&kind=K | a JSON object a line (``events.Stamped.as_dict``), or none |
 | POST /v1/peers/connect ``{"addr": MULTIADDR}`` | ``view.PeerInfo`` |
 | POST /v1/drain | 202 and ``{"draining": true}`` |
+
+What asks other nodes or changes something is in ``operation_routes.py``.
 
 Errors: ``{"error": {"code", "message"}}`` with the error's HTTP status.
 """
@@ -17,8 +19,7 @@ Errors: ``{"error": {"code", "message"}}`` with the error's HTTP status.
 from __future__ import annotations
 
 import json
-from contextlib import aclosing
-from typing import Any, Final
+from typing import Final
 
 import trio
 from starlette.applications import Starlette
@@ -32,11 +33,11 @@ from lloom_sidecar.errors import LloomError, RequestError
 
 from .events import EventReader, EventsDropped, Stamped
 from .metrics import CONTENT_TYPE
+from .operation_routes import MAX_BODY_BYTES, operation_routes, read_object
 from .view import NodeView
 
 KEEP_ALIVE_S: Final = 15.0
 """An idle stream of events sends an empty line this often, so that both sides notice that the other is gone."""
-MAX_BODY_BYTES: Final = 64 * 1024
 
 
 def admin_app(view: NodeView) -> Starlette:
@@ -55,7 +56,7 @@ def admin_app(view: NodeView) -> Starlette:
         return JSONResponse({"executors": view.executors()})
 
     async def config(request: Request) -> Response:
-        return JSONResponse({"settings": view.config_effective()})
+        return JSONResponse({"settings": view.config_effective(), "p2pd": view.operations.p2pd_effective()})
 
     async def metrics(request: Request) -> Response:
         return Response(view.render_metrics(), media_type=CONTENT_TYPE)
@@ -72,7 +73,7 @@ def admin_app(view: NodeView) -> Starlette:
         return _EventStream(reader)
 
     async def connect(request: Request) -> Response:
-        body = await _read_object(request)
+        body = await read_object(request)
         addr = body.get("addr")
         if not isinstance(addr, str):
             raise RequestError('the body lacks "addr": a multiaddr with /p2p/<peer id>')
@@ -103,6 +104,7 @@ def admin_app(view: NodeView) -> Starlette:
             Route("/v1/metrics", metrics),
             Route("/v1/events", events),
             Route("/v1/drain", drain, methods=["POST"]),
+            *operation_routes(view.operations),
         ],
         exception_handlers={LloomError: _answer_error, HTTPException: _answer_http_error},
     )
@@ -123,22 +125,6 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
     answer = _error(exc.status_code, code, f"{request.method} {request.url.path}: {exc.detail.lower()}")
     answer.headers.update(exc.headers or {})
     return answer
-
-
-async def _read_object(request: Request) -> dict[str, Any]:
-    body = b""
-    async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise RequestError(f"the body is over {MAX_BODY_BYTES} bytes", http_status=413)
-    try:
-        value = json.loads(body)
-    except ValueError as exc:
-        raise RequestError("the body is not JSON") from exc
-    if not isinstance(value, dict):
-        raise RequestError("the body is not a JSON object")
-    return value
 
 
 class _EventStream(Response):

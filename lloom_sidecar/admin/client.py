@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import ssl
@@ -17,12 +18,30 @@ from lloom_sidecar.errors import LloomError
 if TYPE_CHECKING:
     import httpx
 
+    from .doctor import Finding
+    from .operations import (
+        BootstrapChange,
+        BootstrapInfo,
+        ClosestInfo,
+        DhtPeer,
+        DisconnectInfo,
+        EffectiveInfo,
+        PingInfo,
+        ProvidedInfo,
+        ProvidersInfo,
+        QueriedModels,
+        QuoteInfo,
+        RecordInfo,
+        TopicInfo,
+    )
     from .view import ExecutorInfo, ModelInfo, PeerInfo, ReceiptInfo, SettingInfo, Status
 
 CONNECT_TIMEOUT_S: Final = 3.0
 READ_TIMEOUT_S: Final = 10.0
 ACTION_TIMEOUT_S: Final = 60.0
 """For what the node does with other peers, such as a dial."""
+DHT_MARGIN_S: Final = 5.0
+"""How much longer than the DHT the node itself may take."""
 EVENTS_TIMEOUT_S: Final = 45.0
 """Three of the API's keep-alive lines."""
 
@@ -113,6 +132,10 @@ class NodeClient:
         """Its settings, each with its source."""
         return cast("list[SettingInfo]", self._get_list("/v1/config", "settings"))
 
+    def p2pd_effective(self) -> list[EffectiveInfo]:
+        """What its p2pd works with."""
+        return cast("list[EffectiveInfo]", self._get_list("/v1/config", "p2pd"))
+
     def receipt(self, request_id: str) -> ReceiptInfo:
         """The verified receipt of one of its recent requests."""
         return cast("ReceiptInfo", self._get(f"/v1/receipts/{quote(request_id, safe='')}"))
@@ -148,7 +171,83 @@ class NodeClient:
         """Let the node refuse new work and end when the running work has ended."""
         self._post("/v1/drain", None)
 
+    def ping(self, peer: str) -> PingInfo:
+        """One round trip from the node to a peer."""
+        return cast("PingInfo", self._post("/v1/peers/ping", {"peer": peer}))
+
+    def disconnect(self, peer: str) -> DisconnectInfo:
+        """Let the node close its connections to a peer."""
+        return cast("DisconnectInfo", self._post("/v1/peers/disconnect", {"peer": peer}))
+
+    def bootstrap(self) -> BootstrapInfo:
+        """Its configured validators."""
+        return cast("BootstrapInfo", self._get("/v1/bootstrap"))
+
+    def bootstrap_add(self, addr: str) -> BootstrapChange:
+        """Let it trust one more validator."""
+        return cast("BootstrapChange", self._post("/v1/bootstrap/add", {"addr": addr}))
+
+    def bootstrap_remove(self, which: str) -> BootstrapChange:
+        """Let it trust a validator, or one address of it, no more."""
+        return cast("BootstrapChange", self._post("/v1/bootstrap/rm", {"which": which}))
+
+    def find_providers(self, key: str, *, count: int, timeout_s: float, at: str | None = None) -> ProvidersInfo:
+        """Who provides a key."""
+        return cast("ProvidersInfo", self._dht("findprovs", timeout_s, key=key, count=count, at=at))
+
+    def provide(self, key: str, *, timeout_s: float) -> ProvidedInfo:
+        """Let it put a provider record."""
+        return cast("ProvidedInfo", self._dht("provide", timeout_s, key=key))
+
+    def closest(self, key: str, *, timeout_s: float) -> ClosestInfo:
+        """The peers nearest to a key."""
+        return cast("ClosestInfo", self._dht("closest", timeout_s, key=key))
+
+    def find_peer(self, peer: str, *, timeout_s: float) -> DhtPeer:
+        """Where the DHT says that a peer is."""
+        return cast("DhtPeer", self._dht("findpeer", timeout_s, peer=peer))
+
+    def get_record(self, key: str, *, timeout_s: float) -> tuple[str, bytes]:
+        """(full key, value) of a record."""
+        return self._record(self._dht("get", timeout_s, key=key))
+
+    def put_record(self, key: str | None, value: bytes, *, timeout_s: float) -> tuple[str, bytes]:
+        """Put a record; ``key`` None = the node's own public key. Returns what was put."""
+        text = base64.b64encode(value).decode()
+        return self._record(self._dht("put", timeout_s, key=key, value=text))
+
+    def topics(self) -> list[TopicInfo]:
+        """Its gossip topics."""
+        return cast("list[TopicInfo]", self._get_list("/v1/gossip/topics", "topics"))
+
+    def topic_peers(self, topic: str) -> TopicInfo:
+        """Who else is subscribed to a topic."""
+        return cast("TopicInfo", self._get(f"/v1/gossip/peers?topic={quote(topic, safe='')}"))
+
+    def query_models(self, peer: str) -> QueriedModels:
+        """What an executor offers now, in its own words."""
+        return cast("QueriedModels", self._post("/v1/models/query", {"peer": peer}))
+
+    def ask_quote(self, peer: str, model: str) -> QuoteInfo:
+        """A signed price."""
+        return cast("QuoteInfo", self._post("/v1/models/quote", {"peer": peer, "model": model}))
+
+    def examine(self) -> list[Finding]:
+        """What it finds when it examines itself."""
+        found = self._post("/v1/doctor", {}).get("findings")
+        if not isinstance(found, list):
+            raise NodeRefusedError(f"{self._where} answered without findings: is it a Lloom node?")
+        return cast("list[Finding]", found)
+
     # --- beneath
+
+    def _dht(self, verb: str, timeout_s: float, **fields: Any) -> dict[str, Any]:
+        body = {**fields, "timeout_s": timeout_s}
+        return self._post(f"/v1/dht/{verb}", body, timeout_s=timeout_s + DHT_MARGIN_S)
+
+    def _record(self, found: dict[str, Any]) -> tuple[str, bytes]:
+        record = cast("RecordInfo", found)
+        return record["key"], base64.b64decode(record["value"])
 
     def close(self) -> None:
         """Close the connection."""
@@ -173,9 +272,9 @@ class NodeClient:
             raise NodeRefusedError(f"{self._where} answered {path} without {key!r}: is it a Lloom node?")
         return found
 
-    def _post(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any] | None, *, timeout_s: float = ACTION_TIMEOUT_S) -> dict[str, Any]:
         with self._translated() as client:
-            return self._parsed(self._checked(client.post(path, json=body, timeout=ACTION_TIMEOUT_S)).text)
+            return self._parsed(self._checked(client.post(path, json=body, timeout=timeout_s)).text)
 
     def _checked(self, response: httpx.Response) -> httpx.Response:
         if not response.is_error:

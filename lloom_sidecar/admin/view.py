@@ -5,9 +5,12 @@ The shapes are stable: fields are added, never renamed or removed. ``lloomctl --
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from .events import EventBus
+
+if TYPE_CHECKING:
+    from .operations import Operations
 
 PathKind = Literal["direct", "relayed", "none"]
 """How a peer is reached: ``none`` = not connected."""
@@ -332,6 +335,10 @@ class NodeView(ProbeView, Protocol):
     @property
     def events(self) -> EventBus:
         """The node's events."""
+
+    @property
+    def operations(self) -> Operations:
+        """What an operator can do with it."""
 
     def status(self) -> Status:
         """The node at a glance."""

@@ -11,7 +11,14 @@ from lloom_sidecar.cli import output
 from lloom_sidecar.cli.ctl_context import EXIT_USAGE, NounGroup, Target, example, json_option, pass_target
 from lloom_sidecar.cli.output import Column
 
-COLUMNS = (Column("SETTING"), Column("VALUE"), Column("SOURCE"), Column("ENVIRONMENT"), Column("FLAG"))
+P2PD_COLUMNS = (Column("P2PD"), Column("VALUE"), Column("DECIDED BY", is_minor=True), Column("MEANING"))
+COLUMNS = (
+    Column("SETTING"),
+    Column("VALUE"),
+    Column("SOURCE"),
+    Column("ENVIRONMENT", is_minor=True),
+    Column("FLAG", is_minor=True),
+)
 
 
 @click.group("config", cls=NounGroup)
@@ -26,15 +33,21 @@ def config() -> None:
 def show(target: Target, changed: bool, as_json: bool) -> None:
     """Show the settings that the running node uses, and where each comes from.
 
-    SOURCE is flag, env (the environment), file, joined (HOME/bootstrap) or default.
+    SOURCE is flag, env (the environment), file, joined (HOME/bootstrap) or default. A second table shows what p2pd
+    works with, and which setting or program decides it; "-" is not known, since another one starts p2pd.
     """
     with target.client() as client:
         settings = [one for one in client.config() if not changed or one["source"] != "default"]
+        effective = client.p2pd_effective()
     if as_json:
-        output.print_json({"settings": settings})
+        output.print_json({"settings": settings, "p2pd": effective})
         return
     rows = [(one["name"], _value(one["value"]), one["source"], one["env"], one["flag"]) for one in settings]
     output.print_table(COLUMNS, rows, empty="every setting has its default")
+    if not changed:
+        click.echo()
+        lines = [(one["name"], _value(one["value"]), one["source"], one["text"]) for one in effective]
+        output.print_table(P2PD_COLUMNS, lines, empty="nothing is known of p2pd")
 
 
 @config.command("check", epilog=example("lloomctl config check /etc/lloom/config.toml --role client"))
@@ -75,4 +88,6 @@ def _value(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return ",".join(str(one) for one in value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNREACHABLE: Final = 3
+WHOLE_ID_CHARACTERS: Final = 40
+"""A text of so many characters is taken for a whole peer id: they have 46 (hashed keys) or 52 (Ed25519)."""
+MIN_ENDING_CHARACTERS: Final = 4
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -61,6 +64,29 @@ def json_option(command: Command) -> Command:
 def example(*lines: str) -> str:
     """The end of a help text: examples that click leaves as they are."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def find_peer(client: NodeClient, text: str) -> str:
+    """The peer id that ``text`` means: a whole one, or the end of one that the node knows, as tables show it.
+
+    Raises LloomError when no known id ends so, or several do; click.UsageError when it is no ending.
+    """
+    ending = text.removeprefix(output.SHORT_MARK)
+    if len(ending) >= WHOLE_ID_CHARACTERS:
+        return ending
+    if len(ending) < MIN_ENDING_CHARACTERS:
+        raise click.UsageError(
+            f"{text!r} is no peer: give a peer id, or at least its last {MIN_ENDING_CHARACTERS} characters"
+        )
+    known = {one["peer"] for one in client.peers()} | {one["peer"] for one in client.bootstrap()["validators"]}
+    found = sorted(peer for peer in known if peer.endswith(ending))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LloomError(f"several peers end in {ending}: {', '.join(found)}")
+    raise LloomError(
+        f"no known peer ends in {output.printable(ending)}: `lloomctl peer list` shows them; others need a whole id"
+    )
 
 
 class Failure(click.ClickException):

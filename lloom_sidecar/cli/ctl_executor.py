@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from lloom_sidecar.cli import output
-from lloom_sidecar.cli.ctl_context import NounGroup, Target, example, json_option, pass_target
+from lloom_sidecar.cli.ctl_context import NounGroup, Target, example, find_peer, json_option, pass_target
 from lloom_sidecar.cli.output import Column
+from lloom_sidecar.errors import LloomError
 
 COLUMNS = (
     Column("EXECUTOR", is_id=True),
@@ -14,11 +15,11 @@ COLUMNS = (
     Column("LEFT", is_number=True),
     Column("PATH"),
     Column("MEMBER"),
-    Column("CIRCUIT"),
+    Column("CIRCUIT", is_minor=True),
     Column("BUSY", is_number=True),
-    Column("QUEUED", is_number=True),
+    Column("QUEUED", is_number=True, is_minor=True),
     Column("MODELS"),
-    Column("SOFTWARE"),
+    Column("SOFTWARE", is_minor=True),
 )
 
 
@@ -56,6 +57,53 @@ def list_executors(target: Target, as_json: bool) -> None:
         for one in executors
     ]
     output.print_table(COLUMNS, rows, empty="no executors are known: `lloomctl peer list` shows who is here")
+
+
+@executor.command(
+    "show", epilog=example("lloomctl executor show 12D3KooW...", "lloomctl executor show 9aREpCEo --json")
+)
+@click.argument("which", metavar="PEER")
+@json_option
+@pass_target
+def show_executor(target: Target, which: str, as_json: bool) -> None:
+    """Show one executor and what it offers, as this node knows it.
+
+    PEER is a peer id, or the end of one that the node knows. `lloomctl model query PEER` asks the executor itself.
+    """
+    from lloom_sidecar.cli.ctl_model import offer_row, offers_by
+
+    with target.client() as client:
+        peer_id = find_peer(client, which)
+        found = next((one for one in client.executors() if one["peer"] == peer_id), None)
+        known = next((one for one in client.peers() if one["peer"] == peer_id), None)
+        offers = [
+            (one["id"], offer) for one in client.models() for offer in one["executors"] if offer["peer"] == peer_id
+        ]
+    if found is None:
+        what = "a peer, but no executor" if known is not None else "not known"
+        raise LloomError(f"{output.printable(peer_id)} is {what}: `lloomctl executor list` shows the executors")
+    if as_json:
+        models = [{"id": model, **{k: v for k, v in offer.items() if k != "peer"}} for model, offer in offers]
+        output.print_json({**found, "addrs": known["addrs"] if known else [], "models": models})
+        return
+    rtt_ms = known["rtt_ms"] if known else None
+    output.print_facts(
+        [
+            ("executor", found["peer"]),
+            ("software", found["software"]),
+            ("member", "yes" if found["member"] else "no"),
+            ("lease", f"{found['state']}, {output.duration(found['lease_left_s'])} left"),
+            ("path", f"{found['path']}, {output.milliseconds(rtt_ms)}" if found["connected"] else "not connected"),
+            ("circuit", found["circuit"]),
+            ("load", f"{found['in_flight']} in flight, {found['queued']} queued"),
+            ("found by", known["source"] if known else None),
+            ("addresses", known["addrs"] if known else []),
+        ]
+    )
+    click.echo()
+    output.print_table(
+        offers_by("MODEL"), [offer_row(model, offer) for model, offer in offers], empty="it offers no model"
+    )
 
 
 @executor.command("drain", epilog=example("lloomctl executor drain"))

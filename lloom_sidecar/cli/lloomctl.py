@@ -21,13 +21,17 @@ class _Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "status": _Lazy("ctl_status", "status", "Show the node at a glance, with what needs attention."),
-    "peer": _Lazy("ctl_peer", "peer", "Look at the peers that the node knows, and connect to one."),
-    "model": _Lazy("ctl_model", "model", "Look at the models that are offered to the node."),
+    "peer": _Lazy("ctl_peer", "peer", "Look at the peers that the node knows; connect, disconnect, ping one."),
+    "model": _Lazy("ctl_model", "model", "Look at the models that are offered, and ask executors about them."),
     "executor": _Lazy("ctl_executor", "executor", "Look at executors, and drain this one."),
+    "bootstrap": _Lazy("ctl_bootstrap", "bootstrap", "Show and change the validators that the node trusts."),
+    "dht": _Lazy("ctl_dht", "dht", "Ask the DHT, and put records into it."),
+    "gossip": _Lazy("ctl_gossip", "gossip", "Look at the gossip topics of the node."),
     "events": _Lazy("ctl_events", "events", "Print what happened lately, or what happens now."),
     "config": _Lazy("ctl_config", "config", "Show the settings of the node, or check a file of them."),
     "network": _Lazy("ctl_network", "network", "Create a network, invite to it, join one, change its key."),
     "id": _Lazy("ctl_id", "show_id", "Print the node's peer id."),
+    "doctor": _Lazy("ctl_doctor", "doctor", "Check the node and its home; say what is wrong and what to do."),
     "completion": _Lazy("ctl_completion", "completion", "Print the completion script of a shell."),
 }
 

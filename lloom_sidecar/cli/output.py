@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import click
 
-SEVERITY_COLOURS: Final = {"error": "red", "warning": "yellow", "info": "cyan"}
+SEVERITY_COLOURS: Final = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green", "skipped": "blue"}
+SHORT_MARK: Final = "…"
+"""Before the end of a peer id that a narrow terminal has no room for; commands take it as it is."""
+SHORT_CHARACTERS: Final = 8
 
 
 class Column(NamedTuple):
@@ -23,7 +27,10 @@ class Column(NamedTuple):
     is_number: bool = False
     """Aligned right."""
     is_id: bool = False
-    """Never folded: a peer id that is cut in two cannot be copied."""
+    """A peer id. Never folded: one that is cut in two cannot be copied. Where the terminal has no room for whole ones,
+    their ends are shown, which every command takes."""
+    is_minor: bool = False
+    """Left out where the terminal has no room for it."""
 
 
 def printable(text: object) -> str:
@@ -62,10 +69,16 @@ def wants_colour(*, err: bool = False) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def terminal_width() -> int:
+    """Characters in a line of the terminal; elsewhere so many that nothing is folded."""
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 100_000
+
+
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[object]], *, empty: str) -> None:
     """A table on stdout; without rows the sentence ``empty`` on stderr and nothing on stdout.
 
-    On a terminal it is fitted to the width; elsewhere nothing is ever cut, and two spaces or more divide the columns.
+    On a terminal it is fitted to the width, and says what it left out; elsewhere nothing is ever cut, and two spaces or
+    more divide the columns.
     """
     if not rows:
         say(empty)
@@ -89,6 +102,8 @@ def _print_rich(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> No
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    columns, cells, dropped = _fit(columns, cells, console.width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(
@@ -99,7 +114,36 @@ def _print_rich(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> No
         )
     for row in cells:
         table.add_row(*(Text(one) for one in row))
-    Console(highlight=False, markup=False, soft_wrap=False).print(table)
+    console.print(table)
+    if dropped:
+        say(f"(no room for {', '.join(reversed(dropped))})")
+
+
+def _fit(
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int
+) -> tuple[list[Column], list[list[str]], list[str]]:
+    """(columns, cells, titles of what was left out) for this width: short ids first, then fewer columns."""
+    kept = [list(row) for row in cells]
+    left = list(columns)
+    dropped: list[str] = []
+    if _natural_width(left, kept) > width:
+        kept = [[short_id(one) if c.is_id else one for one, c in zip(row, left, strict=True)] for row in kept]
+    while _natural_width(left, kept) > width and any(column.is_minor for column in left):
+        index = max(i for i, column in enumerate(left) if column.is_minor)
+        dropped.append(left.pop(index).title)
+        for row in kept:
+            del row[index]
+    return left, kept, dropped
+
+
+def _natural_width(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
+    widths = (max(len(column.title), *(len(row[i]) for row in cells)) for i, column in enumerate(columns))
+    return sum(widths) + 2 * (len(columns) - 1)
+
+
+def short_id(peer: str) -> str:
+    """The end of a peer id; anything short stays as it is."""
+    return peer if len(peer) <= SHORT_CHARACTERS + 4 else SHORT_MARK + peer[-SHORT_CHARACTERS:]
 
 
 def print_facts(facts: Sequence[tuple[str, object]]) -> None:
@@ -128,6 +172,11 @@ def duration(seconds: float | None) -> str:
 def number(value: float | None, digits: int = 0) -> str:
     """A rounded number, ``-`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def milliseconds(value: float | None, digits: int = 1) -> str:
+    """``12.3ms``, ``-`` for None."""
+    return "-" if value is None else f"{value:.{digits}f}ms"
 
 
 def count(many: int, one: str, plural: str | None = None) -> str:

@@ -3,7 +3,6 @@ stream ends itself only."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,8 +37,6 @@ MAX_DOCUMENT_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer."""
 DRAIN_ANSWER_S: Final = 1.0
 GOAWAY_LINGER_S: Final = 5.0
-
-_NO_USAGE: Final = re.compile(rb'"usage"\s*:\s*null')
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ closes, which cancels the work; another works on the exchange that is under way.
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -73,8 +72,6 @@ IDLE_STREAM_S: Final = 600.0
 """A stream without an exchange is closed by the requester first; this is for one that forgot."""
 DRAIN_ANSWER_S: Final = 1.0
 GOAWAY_LINGER_S: Final = 5.0
-
-_NO_USAGE: Final = re.compile(rb'"usage"\s*:\s*null')
 
 QUERIES: Final = frozenset({pb.OPERATION_MODELS, pb.OPERATION_QUOTE})
 """Operations that the executor answers itself, without a place at the backend."""

@@ -25,7 +25,6 @@ from lloom_sidecar.errors import (
     PeerTimeoutError,
     PeerUnreachableError,
     RefusedError,
-    RemoteProtocolError,
 )
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.daemon import Daemon
@@ -371,8 +370,3 @@ class StreamPool:
             link.ping_sent_at = now
             if not link.stream.send_nowait(link.machine.ping(link.exchanges)):
                 link.ping_misses += 1
-
-
-def protocol_failure(exc: RemoteProtocolError, peer: PeerId) -> RemoteProtocolError:
-    """The same error with the peer named."""
-    return RemoteProtocolError(f"{peer.short()} broke the protocol: {exc}", code=exc.code)

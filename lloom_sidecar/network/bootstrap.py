@@ -4,7 +4,7 @@ when they are lost. Any one of them is enough."""
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -25,6 +25,9 @@ DIAL_TIMEOUT_S: Final = 10.0
 CHECK_S: Final = 1.0
 REFRESH_CATALOGUE_S: Final = 60.0
 """Gossip is best effort: a look into the catalogue now and then repairs what it lost."""
+DIAL_BACKOFF: Final = "dial backoff"
+"""In p2pd's words when it did not even try, because a dial has just failed: the error before says why.
+Source: go-libp2p, swarm.ErrDialBackoff."""
 VALIDATOR_TAG: Final = "lloom-validator"
 VALIDATOR_WEIGHT: Final = 1000
 
@@ -58,6 +61,8 @@ class Validator:
     """Ended ones, since the start."""
     cursor: int = 0
     refreshed_at: float = field(default=float("-inf"))
+    keeping: trio.CancelScope = field(default_factory=trio.CancelScope, repr=False)
+    """Cancelled when it is not one of ours any more."""
 
 
 def group_by_peer(addrs: Sequence[Multiaddr]) -> list[Validator]:
@@ -88,6 +93,7 @@ class Bootstrap:
         keeps_away: Callable[[PeerId], str | None] = lambda peer: None,
     ) -> None:
         """``keeps_away``: why a validator must not be dialled now, or None."""
+        self._me = me
         self.validators = [v for v in validators if v.peer != me]
         self._get_daemon = get_daemon
         self._connections = connections
@@ -99,6 +105,7 @@ class Bootstrap:
         self._keeps_away = keeps_away
         self._retry = trio.Event()
         self._settled = trio.Event()
+        self._nursery: trio.Nursery | None = None
         self._started_at = trio.current_time()
         self.is_complete = not self.validators
         """True once the first validator's catalogue was read, or there is none to ask."""
@@ -132,9 +139,47 @@ class Bootstrap:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep every validator connected until cancelled."""
         task_status.started()
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as self._nursery:
             for validator in self.validators:
-                nursery.start_soon(self._keep, validator)
+                self._nursery.start_soon(self._keep_until_removed, validator)
+            await trio.sleep_forever()  # more may be added, also to none
+
+    def add(self, addr: Multiaddr) -> bool:
+        """One more address, with /p2p, of a validator that is known or not; dialled at once. False when it is known."""
+        peer = addr.peer_id
+        if peer is None or peer == self._me:
+            return False
+        validator = next((one for one in self.validators if one.peer == peer), None)
+        if validator is not None:
+            if addr in validator.addrs:
+                return False
+            validator.addrs = (*validator.addrs, addr)
+            self._retry.set()
+            self._retry = trio.Event()
+            return True
+        validator = Validator(peer, (addr,))
+        self.validators.append(validator)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._keep_until_removed, validator)
+        return True
+
+    def remove(self, peer: PeerId, addrs: Collection[Multiaddr]) -> bool:
+        """Take addresses away from a validator; without any left it is no validator any more. True when it had some.
+
+        Its connection stays: who closes it is not asked here.
+        """
+        validator = next((one for one in self.validators if one.peer == peer), None)
+        if validator is None or not set(addrs) & set(validator.addrs):
+            return False
+        validator.addrs = tuple(addr for addr in validator.addrs if addr not in addrs)
+        if not validator.addrs:
+            self.validators.remove(validator)
+            validator.keeping.cancel()
+        return True
+
+    async def _keep_until_removed(self, validator: Validator) -> None:
+        with validator.keeping:
+            await self._keep(validator)
 
     async def _keep(self, validator: Validator) -> None:
         backoff_s = FIRST_BACKOFF_S
@@ -148,7 +193,8 @@ class Bootstrap:
                     await self._read(validator)
             except LloomError as exc:
                 validator.failures += 1
-                validator.last_error = f"{exc}"
+                if not (validator.last_error and DIAL_BACKOFF in exc.message):
+                    validator.last_error = exc.message
                 self._observer.validator_failed(validator.peer, exc, validator.failures)
                 self._tried(validator)
                 with trio.move_on_after(backoff_s * (0.5 + self._rng.random())):

@@ -39,6 +39,8 @@ FIRST_RETRY_S: Final = 30.0
 MAX_RETRY_S: Final = 600.0
 """A peer that does not speak hello (a stock libp2p node) is asked ever more seldom."""
 MAX_GREETS: Final = 16
+UNSEEN_S: Final = 60.0
+"""How long a hello is remembered whose connection was never seen."""
 
 log = structlog.get_logger("lloom.greeter")
 
@@ -100,6 +102,7 @@ class Greeter:
         async with trio.open_nursery() as nursery:
             while True:
                 now = trio.current_time()
+                self._forget_unseen(now)
                 for peer in [*self._connections]:
                     seen = self._see(peer, now)
                     cause = self._unwanted(peer, seen, now)
@@ -113,6 +116,12 @@ class Greeter:
                     with suppress(DaemonError):  # the supervisor reports that p2pd is away
                         await self._connections.look()
                 self._wake = trio.Event()
+
+    def _forget_unseen(self, now: float) -> None:
+        """A connection that came and went between two looks leaves what its hello noted."""
+        for peer in [peer for peer, seen in self._seen.items() if now > seen.since + UNSEEN_S]:
+            if peer not in self._connections:
+                del self._seen[peer]
 
     def _see(self, peer: PeerId, now: float) -> _Seen:
         seen = self._seen.get(peer)
@@ -142,6 +151,7 @@ class Greeter:
         try:
             with trio.move_on_after(GREET_TIMEOUT_S):
                 await self._hello.greet(peer)
+                seen.due_at = trio.current_time() + GREETED_S
                 return
         except LloomError as exc:
             code = exc.code

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 import trio
 
-from lloom_sidecar.errors import DaemonError, LloomError, PeerTimeoutError, PeerUnreachableError, RemoteProtocolError
+from lloom_sidecar.errors import DaemonError, PeerTimeoutError, PeerUnreachableError, RemoteProtocolError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.stream import P2PStream
@@ -252,8 +252,3 @@ class HelloService:
                 if isinstance(event, HelloDone):
                     return Greeted(peer, stream.addr, event.is_member, event.network_id, event.node, rtt_s)
         raise PeerUnreachableError(f"{peer.short()} closed the stream in the middle of hello")
-
-
-def is_reachable_error(exc: LloomError) -> bool:
-    """True when trying the same peer again may help."""
-    return exc.retryable and not isinstance(exc, HelloRefusedError)

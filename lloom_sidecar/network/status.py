@@ -74,8 +74,9 @@ class StatusBoard:
         on_dropped: Callable[[str], None],
         on_offence: Callable[[PeerId, str], None],
     ) -> None:
-        """``on_dropped``: one was not believed, with the reason; ``on_offence``: no honest node publishes that."""
-        self._validators = frozenset(validators)
+        """``validators``: whose are kept, looked at each time; ``on_dropped``: one was not believed, with the reason;
+        ``on_offence``: no honest node publishes that."""
+        self._validators = validators
         self._keys = keys
         self._now_ms = now_ms
         self._on_dropped = on_dropped
@@ -86,7 +87,7 @@ class StatusBoard:
 
     def latest(self) -> list[Heard]:
         """The newest of each validator, by peer id."""
-        return [self._latest[peer] for peer in sorted(self._latest)]
+        return [self._latest[peer] for peer in sorted(self._latest) if peer in self._validators]
 
     def take(self, message: TopicMessage) -> bool:
         """Check one message of the topic; True when it was kept."""

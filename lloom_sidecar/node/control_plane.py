@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -15,7 +16,7 @@ from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.config import Config
 from lloom_sidecar.errors import DaemonError
 from lloom_sidecar.ids import Multiaddr, PeerId
-from lloom_sidecar.network.bootstrap import Bootstrap, group_by_peer
+from lloom_sidecar.network.bootstrap import VALIDATOR_TAG, Bootstrap, group_by_peer
 from lloom_sidecar.network.connections import Connections
 from lloom_sidecar.network.discovery import Discovery
 from lloom_sidecar.network.gossip import run_gossip, run_topic
@@ -109,7 +110,8 @@ class ControlPlane:
         self.standing = Standing()
         self.tags = Tags(get_daemon)
         validators = group_by_peer(config.bootstrap)
-        self._validators = frozenset(v.peer for v in validators)
+        self._validators = {v.peer for v in validators} | ({me} if config.is_validator else set())
+        """Shared with the book and the board of statuses, which see what is added and removed."""
         self.book = PeerBook(
             me=me,
             is_open=config.open,
@@ -187,7 +189,7 @@ class ControlPlane:
             rng=rng,
         )
         self.statuses = StatusBoard(
-            validators=self._validators | ({me} if config.is_validator else set()),
+            validators=self._validators,
             keys=self.keys,
             now_ms=now_ms,
             on_dropped=metrics.status_dropped,
@@ -278,15 +280,33 @@ class ControlPlane:
     def summary(self) -> NetworkStatus:
         """What this node sees of the network now."""
         now = trio.current_time()
-        return summarise(self.book, {self._me, *self._members()}, self._software_of, now)
+        return summarise(self.book, {self._me, *self._members()}, self.software_of, now)
 
-    def _software_of(self, peer: PeerId) -> str:
+    def software_of(self, peer: PeerId) -> str:
+        """What a connected peer said in hello that it runs; empty when nothing is known."""
         return SOFTWARE if peer == self._me else self._software.get(peer, "")
 
     def p2pd_restarted(self) -> None:
         """A p2pd came up, which knows nothing of before."""
         self.tags.forget()
         self.discovery.forget_provided()
+
+    # ------------------------------------------------------------ validators
+    def add_validator(self, addr: Multiaddr) -> bool:
+        """Trust the validator at ``addr``, which has /p2p, from now on. False when it is known already."""
+        is_new = self.bootstrap.add(addr)
+        if addr.peer_id is not None:
+            self._validators.add(addr.peer_id)
+        return is_new
+
+    async def remove_validator(self, peer: PeerId, addrs: Collection[Multiaddr]) -> bool:
+        """Take addresses of a validator away; without any left it is trusted no more. False when none was known."""
+        has_changed = self.bootstrap.remove(peer, addrs)
+        if has_changed and all(one.peer != peer for one in self.bootstrap.validators):
+            self._validators.discard(peer)
+            with suppress(DaemonError):  # the tag ends with the connection at the latest
+                await self._get_daemon().untag_peer(peer, VALIDATOR_TAG)
+        return has_changed
 
     # ------------------------------------------------------------ who is kept away
     def _ban_of(self, peer: PeerId) -> str | None:
@@ -394,10 +414,6 @@ class ControlPlane:
         self._metrics.message_received("hello")
         if greeted.rtt_s is not None:
             self._observer.rtt_s[greeted.peer] = greeted.rtt_s
-        if node.announcement:
-            self.intake.take(
-                node.announcement, found_by="hello", source=greeted.peer, direct=True, expected_signer=greeted.peer
-            )
         roles = frozenset(_ROLE_NAMES[role] for role in node.roles if role in _ROLE_NAMES)
         if "validator" in roles and greeted.peer not in self._validators and self._member_roles(greeted.peer) is None:
             self._observer.validator_seen(greeted.peer)
@@ -414,6 +430,10 @@ class ControlPlane:
             max_streams=node.max_streams,
             now=trio.current_time(),
         )
+        if node.announcement:  # after on_hello: a member's counts whatever key its tag was made with
+            self.intake.take(
+                node.announcement, found_by="hello", source=greeted.peer, direct=True, expected_signer=greeted.peer
+            )
         self.book.note_path(greeted.peer, is_relayed=greeted.addr.is_relayed)
         if greeted.rtt_s is not None and any(v.peer == greeted.peer for v in self.bootstrap.validators):
             # Theirs was read about half a round trip ago.

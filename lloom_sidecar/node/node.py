@@ -101,7 +101,7 @@ class Node:
             get_daemon=self.daemon,
             max_streams=lambda: max_streams(self.supervisor),
             announcement=lambda: self.serving.announcer.current if self.serving is not None else b"",
-            service_keys=self._service_keys,
+            service_keys=self.service_keys,
             on_peer_gone=lambda peer: self.pool.drop_peer(peer),
             on_joined=self._announce_again,
             on_clock=self._on_clock,
@@ -269,7 +269,12 @@ class Node:
         if self.serving is not None:
             self.serving.announcer.changed()
 
-    def _service_keys(self) -> list[str]:
+    async def prove_writable(self) -> None:
+        """Write to the database. Raises LloomError when that fails. Uses up a sequence number, which does no harm."""
+        await self._ledger.next_sequence(now_ms())
+
+    def service_keys(self) -> list[str]:
+        """What this node is a provider of in the DHT now."""
         keys = [SERVICE_VALIDATOR] if self.config.is_validator else []
         return keys if self.serving is None else [*keys, *self.serving.service_keys()]
 

@@ -30,6 +30,7 @@ from lloom_sidecar.peers.executors import ExecutorView, LeaseState
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 from .daemon import find_p2pd
+from .operations import NodeOperations
 
 if TYPE_CHECKING:
     from .node import Node
@@ -54,6 +55,7 @@ class View:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self.operations = NodeOperations(node)
 
     @property
     def events(self) -> EventBus:
@@ -172,7 +174,7 @@ class View:
             member=node.control.book.is_member(peer, now) or peer in node.config.allow_peers,
             state="none" if known is None or known.state is None else _lease(known.state),
             lease_left_s=known.lease_left_s if known is not None and known.state is not None else None,
-            software=known.software if known is not None else "",
+            software=(known.software if known is not None else "") or node.control.software_of(peer),
             rtt_ms=None if rtt_s is None else round(rtt_s * 1000, 3),
             source=source,
         )

@@ -13,7 +13,7 @@ wants to keep a silent executor fetches its announcement and gives it to ``apply
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -165,7 +165,7 @@ class PeerBook:
         is_open: executors of any network may enter.
         allow_list: executors that may enter without our network's tag.
         limits: bounds of every table.
-        validators: the configured ones; a catalogue of theirs is not held to the quota per source.
+        validators: the configured ones, looked at each time; a catalogue of theirs is not held to the quota per source.
         first_cursor: where the change cursor starts. A node that restarts passes Unix milliseconds, so that cursors
             given out before stay in the past.
     """
@@ -177,7 +177,7 @@ class PeerBook:
         is_open: bool,
         allow_list: frozenset[PeerId],
         limits: PeerBookLimits | None = None,
-        validators: frozenset[PeerId] = frozenset(),
+        validators: Collection[PeerId] = frozenset(),
         first_cursor: int = 0,
     ) -> None:
         self._me = me
@@ -235,7 +235,7 @@ class PeerBook:
         past = self._tombstone(announcement.peer, now)
         if announcement.kind == Kind.REMOVAL:
             return self._remove(announcement, executor, past, now)
-        if not (announcement.is_member or self._may_enter(announcement.peer)):
+        if not (announcement.is_member or self._may_enter(announcement.peer, now)):
             raise AnnouncementError("tag", "an announcement without the tag of our network")
         if min(announcement.ttl_s, MAX_TTL_S) <= age_s:
             raise AnnouncementError("clock", "an announcement whose lease is over")
@@ -248,8 +248,9 @@ class PeerBook:
         self._insert(announcement, past, heard_at=heard_at, now=now, direct=direct, source=source)
         return Change.NEW
 
-    def _may_enter(self, peer: PeerId) -> bool:
-        return self._is_open or peer in self._allow_list
+    def _may_enter(self, peer: PeerId, now: float) -> bool:
+        # A member by hello may announce under a key that this node does not have: one that was rotated elsewhere.
+        return self._is_open or peer in self._allow_list or self.is_member(peer, now)
 
     def _remove(self, removal: Announcement, executor: Executor | None, past: _Tombstone | None, now: float) -> Change:
         known = executor.sequence if executor is not None else past.sequence if past is not None else -1
@@ -258,7 +259,7 @@ class PeerBook:
         if removal.sequence <= known:
             raise AnnouncementError("sequence", "a removal that is older than what it removes")
         # The signer may always take back its own offer. Of one that is not here only those that may enter leave a mark.
-        if executor is None and not (removal.is_member or self._may_enter(removal.peer)):
+        if executor is None and not (removal.is_member or self._may_enter(removal.peer, now)):
             raise AnnouncementError("tag", "a removal without the tag of our network")
         pending = self._pending.get(removal.peer)
         if pending is not None and pending.heartbeat.sequence <= removal.sequence:

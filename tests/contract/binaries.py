@@ -125,12 +125,12 @@ def settings_for(binary: Path, directory: Path, key: Key, **changes: object) -> 
 class RealNode:
     """A p2pd process that lasts for several tests, so it is started and ended outside any event loop."""
 
-    def __init__(self, binary: Path, *, control: str | None = None) -> None:
-        """``control``: another control address than the unix socket in its own directory."""
+    def __init__(self, binary: Path, *, control: str | None = None, **changes: object) -> None:
+        """``control``: another control address than the unix socket in its own directory; ``changes``: settings."""
         self.directory = Path(tempfile.mkdtemp(prefix="lloom-"))
         key = make_key(self.directory)
         self.peer = key.peer
-        settings = settings_for(binary, self.directory, key)
+        settings = settings_for(binary, self.directory, key, **changes)
         features = trio.run(probe_features, binary)
         argv = build_argv(settings, features)
         if is_stock(features):

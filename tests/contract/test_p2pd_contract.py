@@ -219,7 +219,7 @@ class TestStreams:
             stream = await a.daemon.open_stream(b.peer, protocol)
         except DaemonRejectedError as exc:
             # It did wait, because identify had not told it yet: the reset comes before OK.
-            assert "reset" in exc.message  # noqa: PT017 (either way is right)
+            assert "reset" in exc.message
         else:
             with trio.fail_after(10):
                 assert await stream.receive_some() == b""

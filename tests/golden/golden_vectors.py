@@ -32,6 +32,7 @@ from lloom_sidecar.protocol.hello import Event, HelloAnswerer, HelloOpener
 from lloom_sidecar.protocol.network_key import Invite, NetworkKey, format_key_file
 from lloom_sidecar.protocol.offers import Kind, Load, ModelOffer, Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.protocol.status import ModelStatus, NetworkStatus, seal_status
 
 HERE = Path(__file__).parent
 EXECUTOR = Signer(bytes(range(0x20)))
@@ -150,6 +151,26 @@ REMOVAL = seal_announcement(
     ttl_s=900,
     kind=Kind.REMOVAL,
 )
+STATUS = seal_status(
+    signer=EXECUTOR,
+    key=NETWORK,
+    sequence=NOW_MS + 30_000,
+    issued_at_ms=NOW_MS + 30_000,
+    ttl_s=90,
+    status=NetworkStatus(
+        executors=2,
+        members=3,
+        models_total=2,
+        models=(
+            ModelStatus("smollm2:135m", 2, 8, Price(150, 600, "EUR"), 1),
+            ModelStatus("qwen3:8b \u00fc", 1, 4, Price(), 1),
+        ),
+        software=(("lloom/0.1.0", 3), ("lloom/0.0.9", 1)),
+        in_flight=5,
+        queued=1,
+        slots=12,
+    ),
+)
 STRANGER = seal_announcement(
     signer=CLIENT, key=None, sequence=1, issued_at_ms=NOW_MS, ttl_s=1, kind=Kind.UPDATE, models=[ModelOffer("m")]
 )
@@ -238,6 +259,8 @@ def envelopes() -> dict[str, tuple[names.EnvelopeKind, Message, Signer, bytes]]:
     ):
         payload = pb.Envelope.FromString(raw).payload
         out[name] = (names.KIND_ANNOUNCEMENT, pb.AnnouncementClaims.FromString(payload), signer, raw)
+    payload = pb.Envelope.FromString(STATUS).payload
+    out["status"] = (names.KIND_STATUS, pb.NetworkStatusClaims.FromString(payload), EXECUTOR, STATUS)
     return out
 
 
@@ -270,7 +293,7 @@ def build_envelopes() -> dict[str, Any]:
 
 
 def go_records() -> list[tuple[names.EnvelopeKind, bytes]]:
-    """Each kind's real payload, a status payload of no meaning, and an empty one; the executor signs all."""
+    """Each kind's real payload, one of no meaning, and an empty one; the executor signs all."""
     records = [(kind, message.SerializeToString()) for kind, message, _signer, _raw in envelopes().values()]
     return [*records, (names.KIND_STATUS, b"status"), (names.KIND_STATUS, b"")]
 

@@ -26,6 +26,7 @@ from lloom_sidecar.protocol.hello import (
 from lloom_sidecar.protocol.network_key import Invite, NetworkKey, NetworkKeys, parse_key_file
 from lloom_sidecar.protocol.offers import Kind
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.protocol.status import open_status
 
 
 def load(name: str) -> Any:
@@ -65,9 +66,8 @@ def test_a_golden_envelope_opens_and_is_sealed_again(name: str) -> None:
 
 
 def test_every_kind_of_envelope_has_a_golden_one() -> None:
-    # The status kind's name is reserved, it has no payload yet.
     kinds = {entry["domain"] for entry in load("envelopes.json")["envelopes"].values()}
-    assert kinds == {kind.domain for kind in names.ALL_KINDS} - {names.KIND_STATUS.domain}
+    assert kinds == {kind.domain for kind in names.ALL_KINDS}
 
 
 def test_the_golden_exchange_holds_together() -> None:
@@ -112,6 +112,16 @@ def test_the_golden_announcements_open() -> None:
     assert removal.ttl_s == 900
     stranger = open_announcement(raw["announcement_stranger"], keys=keys, expected_signer=None)
     assert not stranger.is_member
+
+
+def test_the_golden_status_opens() -> None:
+    raw = bytes.fromhex(load("envelopes.json")["envelopes"]["status"]["envelope"])
+    keys = (NetworkKey(bytes.fromhex(load("network.json")["network_key"])),)
+    signed = open_status(raw, keys=keys, expected_signer=golden.EXECUTOR.peer)
+    assert signed.is_member
+    assert (signed.sequence, signed.ttl_s) == (golden.NOW_MS + 30_000, 90)
+    assert signed.status.models[0].median_price == golden.MODEL.price
+    assert signed.status.software == (("lloom/0.1.0", 3), ("lloom/0.0.9", 1))
 
 
 class TestMadeByGoLibp2p:

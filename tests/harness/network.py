@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from lloom_sidecar.cli.network_files import create_network
 
@@ -159,5 +163,16 @@ def _end_node(node: Node) -> None:
         assert node.process is not None
         node.process.kill()
         node.process.wait()
+    _end_leftover(node.home)
     if node.process is not None and node.process.stdin is not None:
         node.process.stdin.close()
+
+
+def _end_leftover(home: Path) -> None:
+    """A stock p2pd does not end with its sidecar; the record that the next start would read says which one it is."""
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        record = json.loads((home / "run" / "p2pd.json").read_text())
+        process = psutil.Process(record["pid"])
+        if any(str(home) in part for part in process.cmdline()):
+            process.kill()
+            process.wait(10)

@@ -32,6 +32,8 @@ class Node:
         self.home = home
         self.args = args
         self.env = env or {}
+        self.prefix: tuple[str, ...] = ()
+        """Before the command: ``ip netns exec NAME`` and the like."""
         self.peer = str(init_home(home)[0].peer)
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
@@ -44,6 +46,7 @@ class Node:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
+                    *self.prefix,
                     *(sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)),
                     *("--exit-on-stdin-eof", "--log-format", "json", "--log-level", "debug", "--grace", "5"),
                     *self.args,

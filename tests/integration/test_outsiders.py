@@ -130,7 +130,7 @@ async def test_a_stranger_learns_nothing_in_hello(network: Network, hand: HandPe
             for secret in (node.peer.encode(), str(node.home).encode(), b"/ip4/", b"scripted", b"lloom/"):
                 assert secret not in wire.received
     after = await trio.to_thread.run_sync(lambda: node.metric("lloom_refused_total", code="not_member"))
-    assert after == before + 1
+    assert after > before
 
 
 async def test_whoever_knows_the_networks_public_id_learns_no_more_than_that(
@@ -244,7 +244,13 @@ async def test_a_node_in_the_middle_gets_no_proof_out_of_a_victim(
     (validator,) = network.validators
     streams: list[list[pb.HelloFrame]] = []
 
+    node = await trio.to_thread.run_sync(
+        lambda: network.add("client", "--bootstrap", hand.address, start=False, bootstrap=False)
+    )
+
     async def middle(stream: P2PStream) -> None:
+        if str(stream.peer) != node.peer:
+            return  # other nodes may look in; an open one would even prove that it has no network
         async with Wire(stream, pb.HelloFrame) as victim:
             hello = await victim.receive_kind("hello")
             got = [hello]
@@ -264,22 +270,19 @@ async def test_a_node_in_the_middle_gets_no_proof_out_of_a_victim(
                 got.append(message)
 
     code = "not_member" if how == "without a network" else "bad_proof"
-    victim = await trio.to_thread.run_sync(
-        lambda: network.add("client", "--bootstrap", hand.address, start=False, bootstrap=False)
-    )
     async with hand.serving({PROTOCOL_HELLO: middle}):
         try:
-            await trio.to_thread.run_sync(victim.start)
+            await trio.to_thread.run_sync(node.start)
             await trio.to_thread.run_sync(
                 lambda: wait_until(
-                    lambda: victim.metric("lloom_refused_total", code=f"hello_{code}") >= 2,
+                    lambda: node.metric("lloom_refused_total", code=f"hello_{code}") >= 2,
                     "the victim to refuse",
                     timeout_s=30,
-                    explain=victim.log_tail,
+                    explain=node.log_tail,
                 )
             )
         finally:
-            await trio.to_thread.run_sync(victim.stop)
+            await trio.to_thread.run_sync(node.stop)
     assert len(streams) >= 2
     for got in streams:
         # The victim closes behind its REFUSE, so that one may be lost; a PROVE never came.
@@ -341,29 +344,35 @@ async def test_the_old_key_counts_until_the_stated_time(network: Network, hand: 
 
 # ---------------------------------------------------------------- strangers within reach
 def test_a_client_sends_nothing_to_executors_outside_its_network(network: Network, strangers: Strangers) -> None:
-    client = network.client
-    # What keeps the client from them is not that it never met them: it looks for the model and asks who they are. A
-    # refusal is remembered, so each is told once.
-    network.wait_known(strangers.open_client, [strangers.open_executor], timeout_s=30)
-    open_before = len(strangers.open_backend.requests())
-
-    def ask(model: str) -> bool:
-        answer = client.chat("a secret chunks=2", model=model)
-        assert answer.status_code in (404, 503), answer.text
-        return client.metric("lloom_refused_total", code="hello_not_member") > 0
-
-    wait_until(lambda: ask("other"), "the client to have met the stranger", timeout_s=30, explain=client.log_tail)
-    ask("open")
-    with client.admin() as admin:
-        assert {one["id"] for one in admin.models()} == {"scripted"}
-    for _ in range(6):
-        answer = client.chat("chunks=1")
-        assert answer.headers["x-lloom-executor"] == network.executors[0].peer
-    pin = {"x-lloom-pin-executor": strangers.other_executor.peer}
-    body = {"model": "scripted", "messages": [{"role": "user", "content": "a secret chunks=1"}]}
-    assert client.post("/v1/chat/completions", body, headers=pin).status_code in (404, 503)
-    assert len(strangers.open_backend.requests()) == open_before
-    assert strangers.other_backend.requests() == []
+    outside = (strangers.open_executor, strangers.other_executor)
+    # It is even led to them: what keeps it from them is not that it never met them.
+    led = [part for node in outside for part in ("--bootstrap", node.address)]
+    client = network.add("client", *led, start=False)
+    client.start()
+    try:
+        network.wait_known(client, timeout_s=30)
+        wait_until(
+            lambda: client.metric("lloom_refused_total", code="hello_not_member") >= 2,
+            "the client to have met the strangers",
+            timeout_s=30,
+            explain=client.log_tail,
+        )
+        open_before = len(strangers.open_backend.requests())
+        for model in ("open", "other"):
+            answer = client.chat("a secret chunks=2", model=model)
+            assert answer.status_code in (404, 503), answer.text
+        with client.admin() as admin:
+            assert {one["id"] for one in admin.models()} == {"scripted"}
+        for _ in range(6):
+            answer = client.chat("chunks=1")
+            assert answer.headers["x-lloom-executor"] == network.executors[0].peer
+        pin = {"x-lloom-pin-executor": strangers.other_executor.peer}
+        body = {"model": "scripted", "messages": [{"role": "user", "content": "a secret chunks=1"}]}
+        assert client.post("/v1/chat/completions", body, headers=pin).status_code in (404, 503)
+        assert len(strangers.open_backend.requests()) == open_before
+        assert strangers.other_backend.requests() == []
+    finally:
+        client.stop()
 
 
 # ---------------------------------------------------------------- the API, and web pages of others
@@ -429,3 +438,22 @@ def test_an_api_that_others_reach_wants_its_key(network: Network, tmp_path: Path
         assert str(keys) in shown
     finally:
         node.stop()
+
+
+def test_a_rotated_executor_is_found_by_a_client_that_has_only_the_old_key(network: Network, key: NetworkKey) -> None:
+    executor = network.add("executor", start=False)
+    rotated = format_key_file(NetworkKey(os.urandom(32)), (key, now_ms() + 3_600_000))
+    (executor.home / "network.key").write_bytes(rotated)
+    backend = network.backends[-1]
+    executor.start()
+    try:
+        backend.set_models(["only-here"])
+        # Its announcements have the new key's tag, which the client cannot check; hello proves the old one to it.
+        wait_until(
+            lambda: network.client.chat("chunks=2", model="only-here").status_code == 200,
+            "the rotated executor to serve a client with the old key",
+            timeout_s=60,
+            explain=network.client.log_tail,
+        )
+    finally:
+        executor.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,8 +164,10 @@ def test_a_p2pd_that_is_not_executable(home: Path) -> None:
 
 # ---------------------------------------------------------------- what is in the home
 def damaged(path: Path) -> None:
+    """One character is another one."""
     data = bytearray(path.read_bytes())
-    data[20] ^= 1
+    where = max(data.find(b"current: ") + 9, 20)
+    data[where] ^= 1
     path.write_bytes(data)
 
 
@@ -192,7 +194,7 @@ def test_an_identity_that_cannot_be_used(home: Path, fault: Callable[[Path], Non
     fault(home / "identity.key")
     ended = start(home, *CLIENT)
     assert_says(ended, 2, f"{home / 'identity.key'}")
-    words = {
+    words: dict[Callable[[Path], None], str] = {
         damaged: "restore it from a copy",
         directory: "is not a file",
         rsa: "not a libp2p Ed25519 private key",
@@ -207,7 +209,13 @@ def test_a_network_key_that_cannot_be_used(home: Path, fault: Callable[[Path], N
     before = (home / "network.key").read_text()
     fault(home / "network.key")
     ended = start(home, *CLIENT)
-    assert_says(ended, 2, "network key", "network.key")
+    assert_says(ended, 2, str(home / "network.key"))
+    words: dict[Callable[[Path], None], str] = {
+        damaged: "is damaged",
+        directory: "is not a file",
+        empty: "is empty",
+    }
+    assert words[fault] in ended.sentences[0]
     secret = next(line for line in before.splitlines() if line.startswith("current:")).split()[1]
     assert secret not in ended.stderr
 
@@ -221,24 +229,27 @@ def test_a_home_with_other_peoples_things(home: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("content", ["newer", "foreign"])
-def test_a_database_of_another_format(home: Path, content: str) -> None:
+def test_a_database_of_a_newer_version(home: Path) -> None:
     path = home / "lloom.db"
-    if content == "newer":
-        with sqlite3.connect(path) as connection:
-            connection.execute("CREATE TABLE future (x)")
-            connection.execute("PRAGMA user_version = 9999")
-        connection.close()
-    else:
-        path.write_bytes(b"this is no database, whatever its name says" * 100)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE migrations (version INTEGER PRIMARY KEY, applied_at TEXT)")
+        connection.execute("INSERT INTO migrations VALUES (9999, '')")
+    assert_says(start(home, *CLIENT), 1, str(path), "newer lloom-sidecar", "upgrade")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version FROM migrations").fetchall() == [(9999,)]
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("migrations",)]
+
+
+def test_a_database_that_is_none(home: Path) -> None:
+    path = home / "lloom.db"
+    path.write_bytes(b"this is no database, whatever its name says" * 100)
     before = path.read_bytes()
-    ended = start(home, *CLIENT)
-    assert_says(ended, 1, str(path))
+    assert_says(start(home, *CLIENT), 1, f"{path} is damaged", f"mv {path}")
     assert path.read_bytes() == before
 
 
 # ---------------------------------------------------------------- busy ports
-@contextmanager
+@contextlib.contextmanager
 def busy_port() -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -419,7 +430,7 @@ def test_attached_to_the_p2pd_of_another_identity(home: Path) -> None:
 
 
 def test_the_log_of_a_failed_start_is_json_to_the_end(home: Path) -> None:
-    """Whoever collects logs as JSON lines finds sentences only where a person would look: on the lines that say error."""
+    """Whoever collects logs as JSON lines finds nothing else but lines that begin with error."""
     with busy_port() as port:
         ended = start(home, "--role", "client", "--api", f"127.0.0.1:{port}")
     for line in ended.stderr.splitlines():

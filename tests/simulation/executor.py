@@ -54,10 +54,10 @@ class SimulatedExecutor:
             self.interval_s = fixed_s * (1 - 0.1 * rng.random())
         return self.interval_s
 
-    def announce(self, now: float, first_fulls: int = 1) -> Announcement:
-        """The announcement that is due: full when the last is old (or among the first), else a heartbeat."""
+    def announce(self, now: float) -> Announcement:
+        """The announcement that is due: full when the last is old, else a heartbeat."""
         self.turn += 1
-        if self.full is not None and now - self.full_at < FULL_EVERY_S and self.turn > first_fulls:
+        if self.full is not None and now - self.full_at < FULL_EVERY_S:
             return self._make(Kind.HEARTBEAT, now)
         kind = Kind.INITIAL if self.full is None else Kind.UPDATE
         self.full = self._make(kind, now)

@@ -65,8 +65,10 @@ class Tally:
     false_suspects: int = 0
     """Of ``looks``, how many showed a living executor as suspect."""
     looks: int = 0
+    settled: int = 0
+    """Executors that lived for over 15 s whenever a book was looked at."""
     missing: int = 0
-    """Living ones (for over 15 s) that were not in the book when it was looked at."""
+    """How many of them were not in it."""
     requests: int = 0
     failovers: int = 0
     requests_failed: int = 0
@@ -89,6 +91,8 @@ class Tally:
     """From the start of a new executor until an observer has it."""
     newcomer_s: list[float] = field(default_factory=list)
     """From a client's first dial until its book has everybody that was there."""
+    newcomer_first_read_s: list[float] = field(default_factory=list)
+    """... until it has taken in the first catalogue."""
     newcomer_first_read_share: list[float] = field(default_factory=list)
     """Of those that were there, how many the first catalogue had."""
     newcomers_incomplete: int = 0
@@ -107,7 +111,8 @@ def summarise(parameters: Parameters, tally: Tally, interval_s: float, ttl_s: fl
     network_full = tally.published["full"] / window_s
     published = sum(tally.published.values()) / window_s
     all_dials = sum(tally.dials.values()) / window_s / observers
-    probes = sum(tally.probes.values()) / window_s / observers
+    answered = sum(count for name, count in tally.probes.items() if name.endswith("_alive")) / window_s / observers
+    in_vain = sum(count for name, count in tally.probes.items() if name.endswith("_dead")) / window_s / observers
     per_node = parameters.clients / max(1, parameters.executors)
     refresh_bytes = tally.catalogue_bytes / window_s / observers
     return {
@@ -146,8 +151,9 @@ def summarise(parameters: Parameters, tally: Tally, interval_s: float, ttl_s: fl
             "catalogue_out_of_validators": round(refresh_bytes * parameters.clients),
         },
         "probes": {
-            "sent_by_client_per_s": round(probes, 4),
-            "received_by_executor_per_s": round(probes * per_node, 4),
+            "answered_per_client_s": round(answered, 4),
+            "in_vain_per_client_s": round(in_vain, 4),
+            "received_by_executor_per_s": round(answered * per_node, 4),
             "by_cause": dict(sorted(tally.probes.items())),
             "dials_by_client_per_s": round(all_dials, 4),
             "dials_by_cause": dict(sorted(tally.dials.items())),
@@ -161,6 +167,7 @@ def summarise(parameters: Parameters, tally: Tally, interval_s: float, ttl_s: fl
         "removal_known_s": spread(tally.removed_s),
         "new_executor_known_s": spread(tally.known_s),
         "newcomer_complete_s": spread(tally.newcomer_s),
+        "newcomer_first_read_s": spread(tally.newcomer_first_read_s),
         "newcomer_first_read_share": _rounded(percentile(tally.newcomer_first_read_share, 0.5)),
         "newcomers_incomplete": tally.newcomers_incomplete,
         "false_deaths_per_executor_hour": round(
@@ -168,7 +175,7 @@ def summarise(parameters: Parameters, tally: Tally, interval_s: float, ttl_s: fl
         ),
         "false_deaths": tally.false_deaths,
         "false_suspect_share": round(tally.false_suspects / tally.looks, 6) if tally.looks else 0.0,
-        "missing_share": round(tally.missing / max(1, tally.looks + tally.missing), 6),
+        "missing_share": round(tally.missing / max(1, tally.settled), 6),
         "churn": {"deaths": tally.deaths, "leaves": tally.leaves, "joins": tally.joins},
         "requests": {
             "made": tally.requests,

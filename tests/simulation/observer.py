@@ -14,7 +14,7 @@ from lloom_sidecar.errors import AnnouncementError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.peers.executors import ExecutorView, LeaseState, ring_point
 from lloom_sidecar.peers.health import HealthBook, Outcome, Ticket
-from lloom_sidecar.peers.peerbook import CataloguePage, Change, PeerBook
+from lloom_sidecar.peers.peerbook import CataloguePage, Change, PeerBook, PeerBookLimits
 from lloom_sidecar.peers.selection import Wanted, choose
 from lloom_sidecar.protocol.offers import Announcement, Kind
 
@@ -92,7 +92,8 @@ class Observer:
         world = self.world
         self.hops = world.mesh.hops_from(self.place)
         validators = frozenset({world.validator_peer})
-        self.book = PeerBook(me=self.peer, is_open=False, allow_list=frozenset(), validators=validators)
+        limits = PeerBookLimits(max_executors=world.parameters.max_executors)
+        self.book = PeerBook(me=self.peer, is_open=False, allow_list=frozenset(), limits=limits, validators=validators)
         self.refreshed_at = world.now - world.rng.random() * world.parameters.refresh_catalogue_s
 
     def start(self) -> None:
@@ -158,7 +159,7 @@ class Observer:
 
     def _look_at_connections(self, now: float) -> None:
         idle_s = self.world.parameters.idle_peer_s
-        for peer in [peer for peer, used_at in self.connected.items() if now - used_at > idle_s]:
+        for peer in [peer for peer, used_at in self.connected.items() if idle_s and now - used_at > idle_s]:
             del self.connected[peer]
             self.ended[peer] = None
         for peer in self.ended:
@@ -267,17 +268,19 @@ class Observer:
         for watch in self.watches:
             if watch.executor.peer == peer and watch.is_user and not watch.is_suspect_told:
                 watch.is_suspect_told = True
-                if watch.is_counted and not watch.executor.is_alive:
+                if watch.is_counted and not watch.executor.has_left and not self.is_validator:
                     self.world.tally.user_known_s.append(self.world.now - watch.executor.ended_at)
 
     def _look_at_watches(self, now: float) -> None:
         for watch in self.watches:
-            if watch.view is None or watch.is_suspect_told or watch.is_user:
+            if watch.view is None or watch.is_suspect_told:
                 continue
             if watch.view.state(now) is not LeaseState.FRESH:
                 watch.is_suspect_told = True
-                if watch.is_counted and not self.is_validator:
-                    self.world.tally.other_suspect_s.append(now - watch.executor.ended_at)
+                if watch.is_counted and not self.is_validator and not watch.executor.has_left:
+                    tally = self.world.tally
+                    known_s = tally.user_known_s if watch.is_user else tally.other_suspect_s
+                    known_s.append(now - watch.executor.ended_at)
 
     def _end_watch(self, peer: PeerId) -> None:
         """It is out of the book."""

@@ -73,8 +73,8 @@ class Parameters:
     """Requests with one affinity key."""
     models: int = 0
     """Different models, each executor offers one; 0 = a tenth of the executors, from 2 to 100."""
-    idle_peer_s: float = 300.0
-    """A connection that was not used for so long is closed."""
+    idle_peer_s: float = 0.0
+    """A connection that was not used for so long is closed; 0 = never, as long as the water marks are not reached."""
     bandwidth_bytes_s: float = 2.5e6
     """Of a newcomer's link, for the catalogue: 20 Mbit/s."""
     open_announcement_s: float = 200e-6
@@ -85,8 +85,8 @@ class Parameters:
     """0 = never."""
     interval_s: float = 0.0
     """Heartbeat interval instead of the policy's, 0 = the policy."""
-    first_fulls: int = 1
-    """Announcements of an executor that are full after it starts. The announcer makes 1."""
+    max_executors: int = 10_000
+    """Places in a peer book. Source: the default of PeerBookLimits."""
     hints_every_s: float = 0.0
     """Not built: a validator tells so often whom it lost the connection to, and receivers suspect those. 0 = off."""
 

@@ -28,7 +28,7 @@ def traffic(executors: int, seed: int, window_s: float) -> Parameters:
         executors=executors,
         seed=seed,
         window_s=window_s,
-        warm_up_s=330.0,  # over the time after which idle connections end
+        warm_up_s=330.0,  # until connections and suspects have their usual number
         tail_s=30.0,
         observers=_observers(executors),
         newcomer_every_s=30.0,
@@ -80,20 +80,27 @@ def _variants(large: int, middle: Sequence[int], seed: int, window_s: float) -> 
         return Job("variants", name, replace(parameters, **changes))
 
     window = _window(large, window_s)
-    base, killed = traffic(large, seed, window), deaths(large, seed, window)
+    roomy: dict[str, Any] = {"max_executors": 2 * large}
+    base, killed = (replace(make(large, seed, window), **roomy) for make in (traffic, deaths))
+    # A: subscribe when there is somebody to hear it, announce anew only then, not for each later topic peer.
+    a: dict[str, Any] = {"mesh_forms_s": (0.0, 0.0), "reannounces": False}
     shard = max(10, large // 20)
-    frugal: dict[str, Any] = {"first_fulls": 3, "reannounces": False}
+    last = middle[-1]
     return [
         *(job("the whole host dies", deaths(size, seed, _window(size, window_s)), death=Death.HOST) for size in middle),
         job("one machine: churn", traffic(40, seed, window_s), hop=LOCAL, bandwidth_bytes_s=1e9),
         job("one machine: deaths", deaths(40, seed, window_s), hop=LOCAL),
-        job("mesh within 1 s (gossipsub heartbeat 1 s)", traffic(40, seed, window_s), mesh_forms_s=(0.1, 1.0)),
-        job("mesh at once (subscribed when connected)", traffic(40, seed, window_s), mesh_forms_s=(0.0, 0.0)),
-        job("A: three full ones at start, none for topic peers", base, **frugal),
-        job("A and 10 s interval on one topic", base, **frugal, interval_s=10.0, warm_up_s=60.0, window_s=60.0),
-        job("A: one topic of 20, churn", traffic(shard, seed, window_s), **frugal),
-        job("A: one topic of 20, deaths", deaths(shard, seed, window_s), **frugal),
-        job("A and B: hints of validators each 5 s", killed, **frugal, hints_every_s=5.0),
+        job("gossipsub heartbeat 1 s: mesh within 1 s", deaths(40, seed, window_s), mesh_forms_s=(0.1, 1.0)),
+        job("idle connections closed after 300 s", traffic(last, seed, _window(last, window_s)), idle_peer_s=300.0),
+        job("A", deaths(40, seed, window_s), **a),
+        job("A", traffic(last, seed, _window(last, window_s)), **a),
+        job("A, 5 % lost", traffic(last, seed, _window(last, window_s)), **a, loss=0.05),
+        job("A, 20 % lost", traffic(last, seed, _window(last, window_s)), **a, loss=0.2),
+        job("A, one topic of 20: churn", traffic(shard, seed, window_s), **a),
+        job("A, one topic of 20: deaths", deaths(shard, seed, window_s), **a),
+        job("A, book of twice the size", base, **a),
+        job("A, 10 s interval on one topic", killed, **a, interval_s=10.0),
+        job("A, hints of validators each 5 s", killed, **a, hints_every_s=5.0),
     ]
 
 

@@ -31,6 +31,7 @@ def table(results: dict[str, Any]) -> str:
     add("catalogue refresh into a client, kB/s", "bytes_per_s", "catalogue_refresh_in", factor=1e-3, digits=1)
     add("... out of a validator, kB/s", "bytes_per_s", "catalogue_out_of_validators", factor=1e-3, digits=0)
     add("probes that an executor gets, /min", "probes", "received_by_executor_per_s", factor=60)
+    add("dials of dead ones by a client, /min", "probes", "in_vain_per_client_s", factor=60)
     add("catalogue age, median, s", "catalogue_age_s", "p50", digits=1)
     add("catalogue age, 99 %, s", "catalogue_age_s", "p99", digits=1)
     for key, label in (
@@ -44,8 +45,11 @@ def table(results: dict[str, Any]) -> str:
     add("removal (SIGTERM) known, 99 %, s", "removal_known_s", "p99", of="deaths")
     add("new executor known, median, s", "new_executor_known_s", "p50", digits=1)
     add("new executor known, 99 %, s", "new_executor_known_s", "p99", digits=1)
+    add("newcomer's first catalogue read, median, s", "newcomer_first_read_s", "p50")
+    add("... of the living ones it had, %", "newcomer_first_read_share", factor=100, digits=1)
     add("newcomer's catalogue complete, median, s", "newcomer_complete_s", "p50")
     add("newcomer's catalogue complete, worst, s", "newcomer_complete_s", "max")
+    add("living ones missing in a book, %", "missing_share", factor=100)
     add("false deaths per executor-hour", "false_deaths_per_executor_hour", digits=4)
     add("requests to a dead one after the first failure", "requests", "asked_after_failure", of="deaths", digits=0)
     lines = [_head("executors", *(f"{one['executors']:,}" for one in runs))]
@@ -62,6 +66,7 @@ _VARIANT_COLUMNS = (
     "received, messages/s",
     "full ones, /s",
     "probes to an executor, /min",
+    "false deaths per executor-hour",
     "new executor known, median / 99 %, s",
     "death known, 99 %, s: connected",
     "others, suspect",
@@ -103,6 +108,7 @@ def variants_table(results: dict[str, Any]) -> str:
             cell(messages["received_by_node"]),
             cell(messages["received_by_kind"]["full"]),
             cell(60 * figures["probes"]["received_by_executor_per_s"]),
+            cell(figures["false_deaths_per_executor_hour"], 4),
             f"{cell(known['p50'])} / {cell(known['p99'])}",
             cell(death["users"]["p99"]),
             cell(death["others_suspect"]["p99"]),

@@ -135,7 +135,8 @@ class World:
     # ------------------------------------------------------------ executors
     def _new_executor(self, place: int, ready_after_s: float) -> SimulatedExecutor:
         number = next(self._numbers)
-        model = f"model-{(number * 7919) % self.parameters.model_count}"
+        # Whoever takes a place offers what was offered there: no model may die out.
+        model = f"model-{place % self.parameters.model_count}"
         executor = SimulatedExecutor(number, place, model, self.now, self.now + ready_after_s)
         self.by_peer[executor.peer] = executor
         if place < len(self.executors):
@@ -150,7 +151,7 @@ class World:
 
     def _announce(self, executor: SimulatedExecutor, reason: str = "age") -> None:
         interval_s = executor.next_interval_s(self._seen_by(executor), self.rng, self.parameters.interval_s)
-        announcement = executor.announce(self.now, self.parameters.first_fulls)
+        announcement = executor.announce(self.now)
         if announcement.is_full and self.is_counting:
             self.tally.reasons[reason] += 1
         self._publish(executor, announcement)
@@ -330,6 +331,7 @@ class World:
             living = [one for one in expected if one.is_alive]
             held = sum(observer.book.known(one.peer, self.now) is not None for one in living)
             if reads.pop("first", False):
+                self.tally.newcomer_first_read_s.append(self.now - began_at)
                 self.tally.newcomer_first_read_share.append(held / max(1, len(living)))
                 observer.after_start()
             if held == len(living):
@@ -370,6 +372,7 @@ class World:
                     self.tally.looks += 1
                     self.tally.false_suspects += known is not None and known.state is LeaseState.SUSPECT
             settled = sum(executor.started_at < self.now - _SETTLED_S for executor in self.executors)
+            self.tally.settled += settled
             self.tally.missing += max(0, settled - looked)
         self.after(_LOOK_EVERY_S, self._look)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,26 @@ from pathlib import Path
 import trio
 
 from lloom_sidecar.admin.api import admin_app
+from lloom_sidecar.admin.doctor import Finding, finding
 from lloom_sidecar.admin.events import EventBus, ExecutorDiscovered
 from lloom_sidecar.admin.health import HealthConditions
 from lloom_sidecar.admin.metrics import Metrics
+from lloom_sidecar.admin.operations import (
+    BootstrapChange,
+    BootstrapInfo,
+    ClosestInfo,
+    DhtPeer,
+    DisconnectInfo,
+    EffectiveInfo,
+    Operations,
+    PingInfo,
+    ProvidedInfo,
+    ProvidersInfo,
+    QueriedModels,
+    QuoteInfo,
+    RecordInfo,
+    TopicInfo,
+)
 from lloom_sidecar.admin.view import (
     Check,
     ConditionInfo,
@@ -25,7 +43,7 @@ from lloom_sidecar.admin.view import (
     SettingInfo,
     Status,
 )
-from lloom_sidecar.errors import PeerUnreachableError
+from lloom_sidecar.errors import PeerUnreachableError, RequestError
 from lloom_sidecar.http.asgi import asgi_handler
 from lloom_sidecar.http.listeners import open_unix_listener
 from lloom_sidecar.http.server import serve
@@ -35,6 +53,151 @@ OTHER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
 ADDR = f"/ip4/192.0.2.7/tcp/4001/p2p/{PEER}"
 
 
+class FakeOperations:
+    """Fixed answers; ``asked`` records what was asked of it. A peer id that ends in ``bad`` does not answer."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+        self.findings: list[Finding] = [finding("p2pd", "ok", "answers: lloom-p2pd 0.1.0")]
+        self.lasts = True
+        self.complete = True
+        self.is_validator = False
+        self.last_error = ""
+        self.records = {f"/pk/{OTHER}": b"\x08\x01\x12\x20" + b"k" * 32}
+
+    async def _note(self, *what: object) -> None:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(what)
+
+    async def ping(self, peer: str) -> PingInfo:
+        await self._note("ping", peer)
+        if peer.endswith("bad"):
+            raise PeerUnreachableError("nobody answers")
+        if peer == PEER:
+            raise ValueError("that is this node itself: name another peer")
+        return PingInfo(
+            peer=peer, rtt_ms=1.5, path="relayed", addr="/ip4/192.0.2.9/tcp/4001", member=True, clock_ahead_ms=-2500
+        )
+
+    async def disconnect(self, peer: str) -> DisconnectInfo:
+        await self._note("disconnect", peer)
+        return DisconnectInfo(peer=peer, was_connected=peer == OTHER, is_validator=self.is_validator)
+
+    def bootstrap(self) -> BootstrapInfo:
+        return BootstrapInfo(
+            file="/srv/lloom/bootstrap",
+            source="joined",
+            validators=[
+                {
+                    "peer": OTHER,
+                    "addrs": ["/dns4/v.example.org/tcp/4001"],
+                    "state": "unreachable" if self.last_error else "joined",
+                    "path": "none" if self.last_error else "direct",
+                    "rtt_ms": None if self.last_error else 12.3,
+                    "failures": 3 if self.last_error else 0,
+                    "last_error": self.last_error,
+                    "in_file": True,
+                }
+            ],
+        )
+
+    async def bootstrap_add(self, addr: str) -> BootstrapChange:
+        await self._note("add", addr)
+        if not addr.startswith("/"):
+            raise ValueError(f"not a multiaddr: {addr!r}")
+        return self._change(addr == "/known")
+
+    async def bootstrap_remove(self, which: str) -> BootstrapChange:
+        await self._note("rm", which)
+        return self._change(False)
+
+    def _change(self, is_known: bool) -> BootstrapChange:
+        return BootstrapChange(
+            peer=OTHER,
+            addrs=["/ip4/192.0.2.9/tcp/4001"],
+            file_changed=not is_known,
+            node_changed=not is_known,
+            lasts=self.lasts,
+        )
+
+    async def find_providers(self, key: str, *, count: int, timeout_s: float, at: str | None) -> ProvidersInfo:
+        await self._note("findprovs", key, count, timeout_s, at)
+        providers = [] if "none" in key else [self._peer(OTHER), self._peer(PEER)]
+        return ProvidersInfo(key=key, cid="bafkx", asked=at, providers=providers, complete=self.complete)
+
+    def _peer(self, peer: str) -> DhtPeer:
+        return DhtPeer(peer=peer, addrs=["/ip4/192.0.2.9/tcp/4001"], is_self=peer == PEER, connected=peer == OTHER)
+
+    async def provide(self, key: str, *, timeout_s: float) -> ProvidedInfo:
+        await self._note("provide", key, timeout_s)
+        return ProvidedInfo(key=key, cid="bafkx")
+
+    async def closest(self, key: str, *, timeout_s: float) -> ClosestInfo:
+        await self._note("closest", key, timeout_s)
+        return ClosestInfo(key=key, peers=[self._peer(OTHER)])
+
+    async def find_peer(self, peer: str, *, timeout_s: float) -> DhtPeer:
+        await self._note("findpeer", peer, timeout_s)
+        if peer.endswith("bad"):
+            raise RequestError("the DHT does not know it", code="not_found", http_status=404)
+        found = self._peer(peer)
+        return found if peer == OTHER else {**found, "addrs": []}
+
+    async def get_record(self, key: str, *, timeout_s: float) -> RecordInfo:
+        await self._note("get", key, timeout_s)
+        if key not in self.records:
+            raise RequestError("the DHT does not know it", code="not_found", http_status=404)
+        return RecordInfo(key=key, value=base64.b64encode(self.records[key]).decode())
+
+    async def put_record(self, key: str | None, value: bytes, *, timeout_s: float) -> RecordInfo:
+        await self._note("put", key, value, timeout_s)
+        return RecordInfo(key=key or f"/pk/{PEER}", value=base64.b64encode(value or b"own").decode())
+
+    async def topics(self) -> list[TopicInfo]:
+        await self._note("topics")
+        return [TopicInfo(topic="/lloom/executors/1.0.0", peers=[OTHER])]
+
+    async def topic_peers(self, topic: str) -> TopicInfo:
+        await self._note("topic_peers", topic)
+        stranger = PEER[:-4] + "none"
+        return TopicInfo(topic=topic, peers=[] if topic == "network" else [OTHER, stranger])
+
+    def p2pd_effective(self) -> list[EffectiveInfo]:
+        return [
+            EffectiveInfo(name="dht_k", value=20, source="kad-dht", text="size of a bucket"),
+            EffectiveInfo(name="dht_deadline_s", value=60.0, source="p2pd", text="longest DHT request"),
+            EffectiveInfo(name="gossip_heartbeat_s", value=None, source="heartbeat_s", text="gossipsub's heartbeat"),
+        ]
+
+    async def query_models(self, peer: str) -> QueriedModels:
+        await self._note("query", peer)
+        price = {"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"}
+        models = [
+            {"id": "m1", "object": "model", "lloom": {"price": price, "slots": 4, "features": ["chat", "tools"]}},
+            {
+                "id": "m2",
+                "owned_by": "x\x1b[2J",
+                "lloom": {"price": {"prompt_per_million": 0, "completion_per_million": 0}},
+            },
+        ]
+        return QueriedModels(peer=peer, models=models, load={"in_flight": 1, "busy": True, "more": {"a": 1}})
+
+    async def ask_quote(self, peer: str, model: str) -> QuoteInfo:
+        await self._note("quote", peer, model)
+        return QuoteInfo(
+            peer=peer,
+            model=model,
+            price={"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
+            quote_id="ab" * 16,
+            valid_s=600.0,
+            envelope="cd",
+        )
+
+    async def examine(self) -> list[Finding]:
+        await self._note("examine")
+        return self.findings
+
+
 class FakeNode:
     """Fixed answers; ``drained`` and ``connected`` record what was asked of it."""
 
@@ -42,6 +205,7 @@ class FakeNode:
         self.events = EventBus(wall_clock=lambda: 1_700_000_000.0)
         self.health = HealthConditions()
         self.metrics = Metrics(version="0.0.test", health=self.health, with_process=False)
+        self.operations = FakeOperations()
         self.checks = [Check(name="api", ok=True, text=""), Check(name="p2pd", ok=True, text="")]
         self.roles = ["client"]
         self.addrs = [ADDR]
@@ -265,6 +429,8 @@ def served(home: Path, node: FakeNode | None = None) -> Iterator[Served]:
 def test_the_fake_shows_what_a_node_shows() -> None:
     node = FakeNode()
     view: NodeView = node
+    operations: Operations = view.operations
+    assert operations.bootstrap()["source"] == "joined"
     node.events.publish(ExecutorDiscovered(OTHER, ("smollm2:135m",), "gossip"))
     node.health.set("few_peers", "0 of 1 peers")
     assert view.status()["conditions"][0]["code"] == "few_peers"

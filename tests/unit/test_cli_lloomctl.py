@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -117,7 +118,12 @@ def test_a_node_address_of_another_form_is_wrong_usage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "args",
     [["status"], ["peer", "list"], ["model", "list"], ["executor", "list"], ["executor", "drain"], ["events"],
-     ["config", "show"], ["peer", "connect", ADDR], ["status", "--json"]],
+     ["config", "show"], ["peer", "connect", ADDR], ["status", "--json"], ["peer", "ping", PEER], ["gossip", "topics"],
+     ["peer", "disconnect", OTHER[-8:]], ["model", "show", "m"], ["model", "query", PEER],
+     ["model", "quote", PEER, "m"], ["executor", "show", PEER], ["bootstrap", "list"], ["bootstrap", "add", ADDR],
+     ["bootstrap", "rm", PEER], ["dht", "findprovs", "--model", "m"], ["dht", "provide", "/x"],
+     ["dht", "closest", PEER],
+     ["dht", "findpeer", PEER], ["dht", "get", PEER], ["dht", "put", "--own"], ["gossip", "peers", "network"]],
 )  # fmt: skip
 def test_without_a_node_the_exit_is_3_with_the_next_step(tmp_path: Path, args: list[str]) -> None:
     done = run(tmp_path, *args)
@@ -196,7 +202,7 @@ def test_json_is_what_the_node_said(node: Served) -> None:
         (["model", "list"], {"models": fake.models()}),
         (["model", "list", "none"], {"models": []}),
         (["executor", "list"], {"executors": fake.executors()}),
-        (["config", "show"], {"settings": fake.config_effective()}),
+        (["config", "show"], {"settings": fake.config_effective(), "p2pd": fake.operations.p2pd_effective()}),
     ):
         done = run(node.home, *args, "--json")
         assert (done.exit_code, done.stderr, json.loads(done.stdout)) == (0, "", expected)
@@ -424,19 +430,54 @@ def test_loopback_addresses_are_for_demos_only() -> None:
     assert reachable_addrs(["/ip4/192.0.2.1/tcp/1"]) == ()
 
 
-def test_a_table_on_a_terminal_keeps_ids_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
+def on_terminal(monkeypatch: pytest.MonkeyPatch, *row: object) -> str:
+    """What TABLE with one row looks like on a terminal of 80 columns."""
+    terminal = Terminal()
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    columns = (output.Column("PEER", is_id=True), output.Column("TEXT"), output.Column("N", is_number=True))
-    output.print_table(columns, [(PEER, "[bold]a long text that is folded " * 3, 7)], empty="")
-    assert PEER in screen.getvalue()
-    assert "[bold]a" in screen.getvalue()
-    assert not output.wants_colour()
+    with monkeypatch.context() as patch:
+        # Not by a fixture: pytest puts its own stdout in place between fixtures and test.
+        patch.setattr(sys, "stdout", terminal)
+        output.print_table(TABLE, [row], empty="")
+        assert not output.wants_colour()
+    return terminal.getvalue()
+
+
+TABLE = (
+    output.Column("PEER", is_id=True),
+    output.Column("TEXT"),
+    output.Column("N", is_number=True),
+    output.Column("MORE", is_minor=True),
+)
+
+
+def test_a_table_with_room_keeps_ids_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = on_terminal(monkeypatch, PEER, "[bold]a", 7, "more")
+    assert PEER in shown
+    assert "[bold]a" in shown
+    assert "more" in shown
+
+
+def test_a_table_without_room_shows_the_ends_of_ids(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = on_terminal(monkeypatch, PEER, "x" * 30, 7, "more")
+    assert PEER not in shown
+    assert f"{output.SHORT_MARK}{PEER[-8:]}" in shown
+    assert "more" in shown
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_leaves_out_what_matters_least(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = on_terminal(monkeypatch, PEER, "a long text that is folded " * 3, 7, "more")
+    assert "folded" in shown
+    assert "more" not in shown
+    assert capsys.readouterr().err == "(no room for MORE)\n"
+    assert all(len(line) <= 80 for line in shown.splitlines()[1:])  # the first has escapes for bold

@@ -316,3 +316,10 @@ def test_the_process_environment_is_the_default(home: Path, monkeypatch: pytest.
     monkeypatch.setenv("LLOOM_HOME", str(home))
     monkeypatch.setenv("LLOOM_ROLES", "client")
     assert load_config().home == home
+
+
+def test_the_low_water_mark_is_not_over_the_high_one(home: Path) -> None:
+    assert load(home, connections_low="5", connections_high="5").connections_high == 5
+    assert faults(home, connections_low="6", connections_high="5") == (
+        "connections_low (6) is over connections_high (5)",
+    )

@@ -1,0 +1,176 @@
+"""The admin API's operations: peers, validators, DHT, gossip, the market, doctor.
+
+| request | answer |
+|---|---|
+| POST /v1/peers/ping, /v1/peers/disconnect ``{"peer"}`` | ``operations.PingInfo``, ``DisconnectInfo`` |
+| GET /v1/bootstrap | ``operations.BootstrapInfo`` |
+| POST /v1/bootstrap/add ``{"addr"}``, /v1/bootstrap/rm ``{"which"}`` | ``operations.BootstrapChange`` |
+| POST /v1/dht/findprovs ``{"key", "count"?, "timeout_s"?, "at"?}`` | ``operations.ProvidersInfo`` |
+| POST /v1/dht/provide, /v1/dht/closest ``{"key", "timeout_s"?}`` | ``operations.ProvidedInfo``, ``ClosestInfo`` |
+| POST /v1/dht/findpeer ``{"peer", "timeout_s"?}`` | ``operations.DhtPeer`` |
+| POST /v1/dht/get ``{"key", "timeout_s"?}`` | ``operations.RecordInfo`` |
+| POST /v1/dht/put ``{"key", "value": BASE64, "timeout_s"?}``, or no key for the own /pk | ``operations.RecordInfo`` |
+| GET /v1/gossip/topics, /v1/gossip/peers?topic=T | ``{"topics": [operations.TopicInfo]}``, ``TopicInfo`` |
+| POST /v1/models/query ``{"peer"}`` | ``operations.QueriedModels`` |
+| POST /v1/models/quote ``{"peer", "model"}`` | ``operations.QuoteInfo`` |
+| POST /v1/doctor | ``{"findings": [doctor.Finding]}`` |
+
+A KEY is a service key such as /lloom/executor/1.0.0, or a CID; a record's key is /pk/PEER or /ipns/NAME.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lloom_sidecar.errors import RequestError
+
+from .operations import (
+    DEFAULT_DHT_TIMEOUT_S,
+    DEFAULT_PROVIDERS,
+    MAX_DHT_TIMEOUT_S,
+    MAX_PROVIDERS,
+    MAX_RECORD_BYTES,
+    Operations,
+)
+
+MAX_BODY_BYTES: Final = 64 * 1024
+
+Action = Callable[["Fields"], Awaitable[Any]]
+
+
+class Fields:
+    """The checked fields of a request's JSON body. Each method raises RequestError, a sentence."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = body
+
+    def text(self, name: str, what: str) -> str:
+        """A text that must be there; ``what`` explains it."""
+        value = self._body.get(name)
+        if not isinstance(value, str) or not value:
+            raise RequestError(f'the body lacks "{name}": {what}')
+        return value
+
+    def optional_text(self, name: str, what: str) -> str | None:
+        """A text that may be missing."""
+        return None if self._body.get(name) is None else self.text(name, what)
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        """A number that may be missing."""
+        value = self._body.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise RequestError(f'"{name}" is not a number from {least:g} to {most:g}')
+        return value
+
+    def timeout_s(self) -> float:
+        """How long a DHT request may take."""
+        return self.number("timeout_s", DEFAULT_DHT_TIMEOUT_S, 1, MAX_DHT_TIMEOUT_S)
+
+    def record(self) -> bytes:
+        """The value of a DHT record."""
+        try:
+            value = base64.b64decode(self.text("value", "the record, base64"), validate=True)
+        except binascii.Error as exc:
+            raise RequestError('"value" is not base64') from exc
+        if len(value) > MAX_RECORD_BYTES:
+            raise RequestError(f"a record has at most {MAX_RECORD_BYTES} bytes, this one {len(value)}")
+        return value
+
+
+_PEER: Final = "a peer id such as 12D3KooW..."
+_KEY: Final = "a service key such as /lloom/executor/1.0.0, or a CID"
+_RECORD_KEY: Final = "/pk/PEER or /ipns/NAME"
+
+
+def operation_routes(node: Operations) -> list[Route]:
+    """The routes of this module."""
+
+    async def findprovs(fields: Fields) -> Any:
+        return await node.find_providers(
+            fields.text("key", _KEY),
+            count=int(fields.number("count", DEFAULT_PROVIDERS, 1, MAX_PROVIDERS)),
+            timeout_s=fields.timeout_s(),
+            at=fields.optional_text("at", _PEER),
+        )
+
+    async def put(fields: Fields) -> Any:
+        key = fields.optional_text("key", _RECORD_KEY)
+        value = b"" if key is None else fields.record()
+        return await node.put_record(key, value, timeout_s=fields.timeout_s())
+
+    async def bootstrap(request: Request) -> Response:
+        return JSONResponse(node.bootstrap())
+
+    async def topics(request: Request) -> Response:
+        return JSONResponse({"topics": await node.topics()})
+
+    async def topic_peers(request: Request) -> Response:
+        topic = request.query_params.get("topic")
+        if not topic:
+            raise RequestError("the query lacks topic=TOPIC")
+        try:
+            return JSONResponse(await node.topic_peers(topic))
+        except ValueError as exc:
+            raise RequestError(str(exc)) from exc
+
+    async def doctor(request: Request) -> Response:
+        return JSONResponse({"findings": await node.examine()})
+
+    actions: dict[str, Action] = {
+        "/v1/peers/ping": lambda f: node.ping(f.text("peer", _PEER)),
+        "/v1/peers/disconnect": lambda f: node.disconnect(f.text("peer", _PEER)),
+        "/v1/bootstrap/add": lambda f: node.bootstrap_add(f.text("addr", "a multiaddr with /p2p/<peer id>")),
+        "/v1/bootstrap/rm": lambda f: node.bootstrap_remove(f.text("which", "a validator's peer id or address")),
+        "/v1/dht/findprovs": findprovs,
+        "/v1/dht/provide": lambda f: node.provide(f.text("key", _KEY), timeout_s=f.timeout_s()),
+        "/v1/dht/closest": lambda f: node.closest(f.text("key", f"{_KEY}, or {_PEER}"), timeout_s=f.timeout_s()),
+        "/v1/dht/findpeer": lambda f: node.find_peer(f.text("peer", _PEER), timeout_s=f.timeout_s()),
+        "/v1/dht/get": lambda f: node.get_record(f.text("key", _RECORD_KEY), timeout_s=f.timeout_s()),
+        "/v1/dht/put": put,
+        "/v1/models/query": lambda f: node.query_models(f.text("peer", _PEER)),
+        "/v1/models/quote": lambda f: node.ask_quote(f.text("peer", _PEER), f.text("model", "a model's id")),
+    }
+    return [
+        *(Route(path, _endpoint(action), methods=["POST"]) for path, action in actions.items()),
+        Route("/v1/bootstrap", bootstrap),
+        Route("/v1/gossip/topics", topics),
+        Route("/v1/gossip/peers", topic_peers),
+        Route("/v1/doctor", doctor, methods=["POST"]),
+    ]
+
+
+def _endpoint(action: Action) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        fields = Fields(await read_object(request))
+        try:
+            return JSONResponse(await action(fields))
+        except ValueError as exc:
+            raise RequestError(str(exc)) from exc
+
+    return endpoint
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The JSON object in a request's body. Raises RequestError."""
+    body = b""
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise RequestError(f"the body is over {MAX_BODY_BYTES} bytes", http_status=413)
+    try:
+        value = json.loads(body)
+    except ValueError as exc:
+        raise RequestError("the body is not JSON") from exc
+    if not isinstance(value, dict):
+        raise RequestError("the body is not a JSON object")
+    return value

@@ -1,0 +1,354 @@
+"""lloomctl on a real small network: every command that asks other nodes; doctor on what is well and what is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lloom_sidecar.errors import PeerUnreachableError, RemoteProtocolError
+from lloom_sidecar.identity import load_identity
+from lloom_sidecar.network.security_dialogue import NOISE, accepted_security
+from lloom_sidecar.node.daemon import find_p2pd
+from lloom_sidecar.protocol.framing import frame
+from tests.harness import Network, Node
+from tests.harness.waiting import wait_until
+
+FAST = ["--heartbeat", "1"]
+TOPICS = {"/lloom/executors/1.0.0", "/lloom/network/1.0.0"}
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    with Network(validators=1, executors=1, clients=1, flags=FAST) as network:
+        yield network
+
+
+def ctl(node: Node, *args: str, code: int = 0) -> Any:
+    """The JSON that a command prints; ``code`` is its expected exit code."""
+    done = node.ctl(*args, "--json")
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout) if done.stdout else done.stderr
+
+
+def findings(node: Node, *, code: int = 0) -> dict[str, list[dict[str, str]]]:
+    """What doctor says, by check."""
+    by_check: dict[str, list[dict[str, str]]] = {}
+    for one in ctl(node, "doctor", code=code)["findings"]:
+        by_check.setdefault(one["check"], []).append(one)
+    return by_check
+
+
+def severities(found: dict[str, list[dict[str, str]]]) -> set[str]:
+    return {one["severity"] for many in found.values() for one in many}
+
+
+# ---------------------------------------------------------------- peers
+def test_ping(network: Network) -> None:
+    validator = network.validators[0].peer
+    done = network.client.ctl("peer", "ping", validator[-8:], "-c", "2", "-i", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    for one in map(json.loads, done.stdout.splitlines()):
+        assert (one["peer"], one["path"], one["member"]) == (validator, "direct", True)
+        assert one["rtt_ms"] > 0
+        assert abs(one["clock_ahead_ms"]) < 2000
+    # An executor that the client is not connected to is dialled.
+    ctl(network.client, "peer", "disconnect", network.executors[0].peer)
+    assert network.client.ctl("peer", "ping", network.executors[0].peer, "-c", "1").returncode == 0
+    stranger = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+    done = network.client.ctl("peer", "ping", stranger, "-c", "1")
+    assert (done.returncode, "cannot be reached" in done.stderr) == (1, True)
+    assert network.client.ctl("peer", "ping", network.client.peer).returncode == 1
+
+
+def test_disconnect_is_an_event_and_a_validator_comes_back(network: Network) -> None:
+    client, validator = network.client, network.validators[0].peer
+    done = ctl(client, "peer", "disconnect", validator[-8:])
+    assert done == {"peer": validator, "was_connected": True, "is_validator": True}
+    with client.admin() as admin:
+        closed = [one for one in admin.events(follow=False, kinds=["connection_closed"]) if one["peer"] == validator]
+    assert closed[-1]["cause"] == "operator"
+    wait_until(lambda: client.peers().get(validator, {}).get("connected"), "the validator to be dialled again")
+
+
+# ---------------------------------------------------------------- models
+def test_models_and_executors(network: Network) -> None:
+    executor = network.executors[0].peer
+    shown = ctl(network.client, "model", "show", "scripted")
+    assert [one["peer"] for one in shown["executors"]] == [executor]
+    assert "did you mean scripted" in ctl(network.client, "model", "show", "scriptet", code=1)
+    shown = ctl(network.client, "executor", "show", executor[-8:])
+    assert (shown["peer"], [one["id"] for one in shown["models"]]) == (executor, ["scripted"])
+    asked = ctl(network.client, "model", "query", executor)
+    assert [one["id"] for one in asked["models"]] == ["scripted"]
+    quote = ctl(network.client, "model", "quote", executor, "scripted")
+    assert (quote["model"], quote["price"]["prompt_per_million"]) == ("scripted", 0)
+    assert quote["valid_s"] > 60
+
+
+# ---------------------------------------------------------------- DHT
+def test_the_dht(network: Network) -> None:
+    client, executor, validator = network.client, network.executors[0], network.validators[0]
+
+    def providers(*args: str) -> set[str]:
+        return {one["peer"] for one in ctl(client, "dht", "findprovs", *args)["providers"]}
+
+    wait_until(lambda: executor.peer in providers("--model", "scripted"), "the executor's record", timeout_s=20)
+    assert providers("--service", "executor") == {executor.peer}
+    assert providers("--service", "validator") == {validator.peer}
+    # The same CID as other tools name it, and what one other peer holds itself.
+    cid = ctl(client, "dht", "findprovs", "--service", "executor")["cid"]
+    assert providers(cid) == {executor.peer}
+    assert providers("--service", "executor", "--at", validator.peer) == {executor.peer}
+    assert providers("--model", "nobody's") == set()
+
+    found = ctl(client, "dht", "findpeer", executor.peer)
+    assert executor.address.partition("/p2p/")[0] in found["addrs"]
+    near = {one["peer"] for one in ctl(client, "dht", "closest", "--service", "executor")["peers"]}
+    assert near == {executor.peer, validator.peer}
+    assert validator.peer in {one["peer"] for one in ctl(client, "dht", "closest", validator.peer)["peers"]}
+
+    assert ctl(client, "dht", "provide", "--model", "own")["key"] == "/lloom/model/1.0.0/own"
+    assert providers("--model", "own", "--at", validator.peer) == {client.peer}
+
+
+def test_a_record_round_trips(network: Network, tmp_path: Path) -> None:
+    client, executor = network.client, network.executors[0]
+    ctl(client, "dht", "get", executor.peer, code=1)
+    put = ctl(executor, "dht", "put", "--own")
+    assert put["key"] == f"/pk/{executor.peer}"
+    assert ctl(client, "dht", "get", put["key"]) == put
+    # The file form: what was read can be put again by anybody, and nothing else under that key.
+    file = tmp_path / "record"
+    assert client.ctl("dht", "get", executor.peer, "--out", str(file)).returncode == 0
+    assert file.read_bytes()[4:] == load_identity(executor.home).peer.ed25519_public_key
+    assert ctl(client, "dht", "put", put["key"], str(file)) == put
+    file.write_bytes(b"\x08\x01\x12\x20" + bytes(32))
+    assert client.ctl("dht", "put", put["key"], str(file)).returncode == 1
+    assert "/pk/PEER and /ipns/NAME only" in client.ctl("dht", "put", "/lloom/x", str(file)).stderr
+
+
+# ---------------------------------------------------------------- gossip, settings
+def test_gossip_and_settings(network: Network) -> None:
+    assert {one["topic"] for one in ctl(network.client, "gossip", "topics")["topics"]} == TOPICS
+
+    def neighbours() -> set[str]:
+        return set(ctl(network.client, "gossip", "peers", "executors")["peers"])
+
+    wait_until(lambda: network.validators[0].peer in neighbours(), "a neighbour in the topic")
+    effective = {one["name"]: one["value"] for one in ctl(network.client, "config", "show")["p2pd"]}
+    assert (effective["dht_k"], effective["dht_deadline_s"], effective["gossip_heartbeat_s"]) == (20, 60, 1)
+    assert effective["dht_mode"] == "server"
+
+
+# ---------------------------------------------------------------- bootstrap
+def test_validators_come_and_go_while_the_node_runs(network: Network) -> None:
+    extra = network.add("validator")
+    lone = network.add("client", bootstrap=False)
+    assert ctl(lone, "bootstrap", "list")["validators"] == []
+    assert "validators" in findings(lone)
+    done = ctl(lone, "bootstrap", "add", network.validators[0].address)
+    assert (done["file_changed"], done["node_changed"], done["lasts"]) == (True, True, True)
+
+    def states() -> dict[str, str]:
+        return {one["peer"]: one["state"] for one in ctl(lone, "bootstrap", "list")["validators"]}
+
+    first = network.validators[0].peer
+    wait_until(lambda: states() == {first: "joined"}, "the added validator to be joined")
+    network.wait_known(lone)
+    # Its status is heard, as of every configured validator.
+    wait_until(lambda: [one["peer"] for one in lone.status()["network_status"]] == [first], "its status", timeout_s=45)
+    assert not ctl(lone, "bootstrap", "add", network.validators[0].address)["node_changed"]
+    ctl(lone, "bootstrap", "add", extra.address)
+    wait_until(lambda: states() == {first: "joined", extra.peer: "joined"}, "both")
+
+    assert ctl(lone, "bootstrap", "rm", first[-8:])["node_changed"]
+    assert states() == {extra.peer: "joined"}
+    assert lone.status()["network_status"] == [] or lone.status()["network_status"][0]["peer"] == extra.peer
+    ctl(lone, "bootstrap", "rm", first, code=1)
+    ctl(lone, "peer", "disconnect", first)
+    # What was removed is not dialled again, also after a restart, which reads the file.
+    assert lone.stop() == 0
+    lone.start()
+    wait_until(lambda: states() == {extra.peer: "joined"}, "the file's validator after a restart")
+    # A node whose validators are flags says that the file comes after them.
+    assert not ctl(network.client, "bootstrap", "add", extra.address)["lasts"]
+    ctl(network.client, "bootstrap", "rm", extra.address)
+    # One that does not answer: the error is shown.
+    extra.stop()
+
+    def failed() -> list[dict[str, Any]]:
+        return [one for one in ctl(lone, "bootstrap", "list")["validators"] if one["state"] == "unreachable"]
+
+    (one,) = wait_until(failed, "the validator to be missed", timeout_s=20)
+    assert one["last_error"]
+    found = findings(lone, code=1)["validators"]
+    assert [one["severity"] for one in found] == ["error"]
+    assert "nothing listens at its address" in found[0]["text"]
+    assert "Start the validator" in found[0]["remedy"]
+
+
+# ---------------------------------------------------------------- doctor: well
+def test_a_healthy_network_has_no_error(network: Network) -> None:
+    for node in network.nodes:
+
+        def ready(node: Node = node) -> bool:
+            found = findings(node)
+            return severities(found) <= {"ok", "info", "skipped"}
+
+        wait_until(ready, f"{node.name} to be well", timeout_s=30)
+    found = findings(network.executors[0])
+    for key in ("/lloom/executor/1.0.0", "/lloom/model/1.0.0/scripted"):
+        assert re.search(rf"{key} at [12] of 2", found["provider_record"][0]["text"])
+    assert "refuses plaintext, speaks Noise" in found["plaintext"][0]["text"]
+    assert found["validators"][0]["text"].startswith("1 of 1 answer")
+    assert found["clock"][0]["severity"] == "ok"
+    done = network.client.ctl("doctor")
+    assert (done.returncode, "ERROR" in done.stdout) == (0, False)
+
+
+# ---------------------------------------------------------------- doctor: broken
+def test_a_record_that_nobody_holds(network: Network) -> None:
+    # Alone with a client, which is in no DHT server mode: nobody could hold its record.
+    lone = network.add("executor", bootstrap=False)
+    found = findings(lone)["provider_record"]
+    assert [one["severity"] for one in found] == ["info"]
+    assert "Connect to a validator" in found[0]["remedy"]
+
+
+def test_a_node_that_has_ended(network: Network) -> None:
+    node = network.add("client")
+    node.kill()
+    found = findings(node, code=3)
+    assert found["node"][0]["severity"] == "error"
+    assert "lloom-sidecar run" in found["node"][0]["remedy"]
+    assert found["home"][0]["severity"] == "ok"
+
+
+def test_p2pd_that_cannot_be_started_again(network: Network) -> None:
+    copy = network.root / "p2pd"
+    shutil.copy(find_p2pd(None), copy)
+    node = network.add("client", "--p2pd", str(copy))
+    assert findings(node)["stale_binary"][0]["severity"] == "ok"
+    copy.unlink()
+    found = findings(node)
+    assert found["stale_binary"][0]["severity"] == "warning"
+    assert "Restart the node" in found["stale_binary"][0]["remedy"]
+    assert found["binary"][0]["severity"] == "ok"  # by the home's settings the next start uses the packaged one
+    node.kill("p2pd")
+    wait_until(lambda: not node.status()["p2pd"]["up"], "p2pd to be missed")
+    found = findings(node, code=1)
+    assert found["p2pd"][0]["severity"] == "error"
+    assert "p2pd.log" in found["p2pd"][0]["remedy"]
+    assert found["validators"][0]["severity"] == found["plaintext"][0]["severity"] == "skipped"
+    done = node.ctl("peer", "ping", network.validators[0].peer, "-c", "1")
+    assert (done.returncode, "p2pd is not up" in done.stderr) == (1, True)
+
+
+def test_another_key_than_the_running_nodes(network: Network) -> None:
+    node = network.add("client")
+    identity, network_key = node.home / "identity.key", node.home / "network.key"
+    shutil.copy(network.client.home / "identity.key", identity)
+    assert node.ctl("network", "rotate").returncode == 0
+    network_key.chmod(0o644)
+    found = findings(node, code=1)
+    assert found["identity"][0]["severity"] == "error"
+    assert found["network_key"][0]["severity"] == "warning"
+    assert "Restart the node" in found["network_key"][0]["remedy"]
+
+
+def test_a_validator_of_another_network(network: Network) -> None:
+    node = network.add("client", in_network=False, start=False)
+    assert node.ctl("network", "create").returncode == 0
+    node.start()
+
+    def explained() -> bool:
+        found = [one for one in findings(node, code=1)["validators"] if one["severity"] == "error"]
+        return any("another network" in one["text"] and "network show" in one["remedy"] for one in found)
+
+    wait_until(explained, "the reason", explain=lambda: findings(node, code=1)["validators"])
+
+
+def test_open_settings_and_a_wrong_peer_id_are_told(network: Network) -> None:
+    wrong = network.validators[0].address.rpartition("/")[0] + f"/{network.client.peer}"
+    node = network.add("client", "--open", "--bootstrap", wrong, bootstrap=False)
+
+    def told() -> bool:
+        return "another node answers" in json.dumps(findings(node, code=1)["validators"])
+
+    wait_until(told, "the reason", explain=lambda: findings(node, code=1)["validators"])
+    assert findings(node, code=1)["open_settings"][0]["severity"] == "warning"
+
+
+# ---------------------------------------------------------------- the dialogue beneath
+class _Listener:
+    """Answers each connection with fixed bytes; closes it then."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._sock.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._sock.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(1000)
+                if self._answer == b"silent":
+                    connection.settimeout(10)
+                    connection.recv(1)
+                connection.sendall(self._answer)
+
+    def close(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+MULTISTREAM = frame(b"/multistream/1.0.0\n")
+
+
+async def test_a_listener_that_offers_plaintext_is_found_out() -> None:
+    listener = _Listener(MULTISTREAM + frame(b"/plaintext/2.0.0\n"))
+    try:
+        assert await accepted_security("127.0.0.1", listener.port, ["/plaintext/2.0.0"]) == {"/plaintext/2.0.0"}
+    finally:
+        listener.close()
+
+
+async def test_our_listener_does_not(network: Network) -> None:
+    port = int(network.client.address.split("/")[4])
+    assert await accepted_security("127.0.0.1", port) == {NOISE}
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", PeerUnreachableError),
+        (MULTISTREAM, PeerUnreachableError),
+        (b"silent", PeerUnreachableError),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 30, RemoteProtocolError),
+        (MULTISTREAM + frame(b"something\n"), RemoteProtocolError),
+        (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", RemoteProtocolError),
+    ],
+)
+async def test_what_is_no_libp2p_listener(answer: bytes, error: type[Exception]) -> None:
+    listener = _Listener(answer)
+    try:
+        with pytest.raises(error):
+            await accepted_security("127.0.0.1", listener.port, [NOISE], timeout_s=1)
+    finally:
+        listener.close()
+    with pytest.raises(PeerUnreachableError, match="nobody listens"):
+        await accepted_security("127.0.0.1", listener.port, [NOISE])

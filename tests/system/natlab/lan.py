@@ -1,0 +1,91 @@
+"""Hosts on one Ethernet: a network namespace each, joined by a bridge."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+from types import TracebackType
+
+SUBNET = "10.77.0"
+"""Inside namespaces of their own: it meets no address of this machine."""
+
+
+def run(*command: str) -> None:
+    """Run a command; its words are in the error when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+
+
+class Host:
+    """One namespace with ``eth0``."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self.prefix = ("ip", "netns", "exec", name)
+        """Before a command that is to run there."""
+        self._etc = Path("/etc/netns") / name
+
+    def set_hosts(self, names: dict[str, str]) -> None:
+        """What /etc/hosts says there: name -> address. Programs that run there see a change."""
+        text = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in names.items())
+        self._etc.mkdir(parents=True, exist_ok=True)
+        # Rewritten in place: a running program has this very file mounted over its /etc/hosts.
+        with (self._etc / "hosts").open("w") as file:
+            file.write(text)
+
+    def remove(self) -> None:
+        """Delete the namespace and its files."""
+        subprocess.run(["ip", "netns", "del", self.name], capture_output=True, timeout=20, check=False)
+        shutil.rmtree(self._etc, ignore_errors=True)
+
+
+class Lan:
+    """``count`` hosts on a bridge in a namespace of its own: this machine's links stay as they are."""
+
+    def __init__(self, count: int) -> None:
+        tag = f"ll{os.getpid() % 100_000:x}{secrets.token_hex(2)}"
+        self._switch = f"{tag}s"
+        self.hosts = [Host(f"{tag}h{number}", f"{SUBNET}.{number}") for number in range(1, count + 1)]
+
+    def __enter__(self) -> Lan:
+        try:
+            self._make()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def _make(self) -> None:
+        run("ip", "netns", "add", self._switch)
+        in_switch = ("ip", "-n", self._switch)
+        # Without snooping a bridge hands multicast to every port, as a plain switch does.
+        run(*in_switch, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        run(*in_switch, "link", "set", "br0", "up")
+        for number, host in enumerate(self.hosts, 1):
+            host.set_hosts({})
+            run("ip", "netns", "add", host.name)
+            in_host = ("ip", "-n", host.name)
+            run(*in_host, "link", "set", "lo", "up")
+            run(*in_host, "link", "add", "eth0", "type", "veth", "peer", "name", f"p{number}", "netns", self._switch)
+            run(*in_switch, "link", "set", f"p{number}", "master", "br0", "up")
+            run(*in_host, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            run(*in_host, "link", "set", "eth0", "up")
+            run(*in_host, "route", "add", "default", "via", f"{SUBNET}.254")
+
+    def remove(self) -> None:
+        """Delete every namespace; the links between them go with them."""
+        for host in self.hosts:
+            host.remove()
+        subprocess.run(["ip", "netns", "del", self._switch], capture_output=True, timeout=20, check=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self.remove()
