@@ -11,10 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
+
 from lloom_sidecar import errors
+from lloom_sidecar.admin.doctor import CHECKS
 from lloom_sidecar.admin.events import EVENT_KINDS
 from lloom_sidecar.admin.health import CONDITION_KINDS
 from lloom_sidecar.admin.metrics import Metrics
+from lloom_sidecar.cli.lloomctl import root
 from lloom_sidecar.config import describe_settings
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +69,29 @@ def _error_classes() -> Iterator[type[errors.LloomError]]:
             yield found
 
 
+def _commands(group: click.Group, words: tuple[str, ...]) -> Iterator[tuple[str, click.Command]]:
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        found = group.get_command(ctx, name)
+        if isinstance(found, click.Group):
+            yield from _commands(found, (*words, name))
+        elif found is not None:
+            arguments = [one.make_metavar(ctx) for one in found.params if isinstance(one, click.Argument)]
+            yield " ".join((*words, name, *arguments)), found
+
+
+def _lloomctl() -> Iterator[str]:
+    yield from ["", "## lloomctl", ""]
+    yield "Every command has `--json`, and `--help` with an example. Exit status: 0 done, 1 failed, 2 wrong usage, 3"
+    yield "the node cannot be reached. PEER is a peer id, or the end of one that the node knows."
+    yield from ["", "| command | what it does |", "|---|---|"]
+    for usage, command in _commands(root, ()):
+        yield f"| `{_cell(usage)}` | {_cell(command.get_short_help_str(limit=200))} |"
+    yield from ["", "### What `doctor` checks", "", "| check | looks at | without a node |", "|---|---|---|"]
+    for kind in CHECKS:
+        yield f"| `{kind.name}` | {_cell(kind.title)} | {'yes' if kind.is_local else 'no'} |"
+
+
 def reference() -> str:
     """docs/reference.md."""
     lines = ["# Reference", NOTE, "## Metrics", ""]
@@ -82,6 +109,7 @@ def reference() -> str:
         "",
         "`lloomctl events --follow`: " + ", ".join(f"`{kind}`" for kind in EVENT_KINDS) + ".",
     ]
+    lines += _lloomctl()
     lines += ["", "## Error codes", ""]
     lines += [
         "`error.lloom.code` of an answer, and labels of metrics. The wire's own codes are in PROTOCOL.md.",

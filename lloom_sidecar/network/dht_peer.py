@@ -10,7 +10,8 @@ from lloom_sidecar.errors import DaemonError, PeerTimeoutError, PeerUnreachableE
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.protocol.framing import FrameCutter
-from lloom_sidecar.protocol.kad import MAX_ANSWER_BYTES, PROTOCOL_KAD, Provider, providers_query, read_providers
+from lloom_sidecar.protocol.kad import MAX_ANSWER_BYTES, Provider, providers_query, read_providers
+from lloom_sidecar.protocol.names import PROTOCOL_KAD
 
 ASK_TIMEOUT_S: Final = 10.0
 

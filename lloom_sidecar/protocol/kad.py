@@ -19,7 +19,6 @@ from lloom_sidecar.ids import Multiaddr, PeerId
 from .framing import frame
 from .varint import encode_varint
 
-PROTOCOL_KAD: Final = "/ipfs/kad/1.0.0"
 MAX_ANSWER_BYTES: Final = 512 * 1024
 """20 closer peers and some hundred providers with their addresses; kad-dht itself allows 4 MiB."""
 MAX_PROVIDERS: Final = 1000

@@ -15,6 +15,9 @@ VERSION_MINOR: Final = 0
 PROTOCOL_REQUEST: Final = "/lloom/request/1.0.0"
 PROTOCOL_HELLO: Final = "/lloom/hello/1.0.0"
 
+PROTOCOL_KAD: Final = "/ipfs/kad/1.0.0"
+"""The DHT's own, spoken to one peer to see which records it holds itself. Source: libp2p's kad-dht spec."""
+
 TOPIC_EXECUTORS: Final = "/lloom/executors/1.0.0"
 TOPIC_NETWORK: Final = "/lloom/network/1.0.0"
 

@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from click.testing import CliRunner, Result
 
+from lloom_sidecar.cli.lloomctl import root
 from lloom_sidecar.errors import PeerUnreachableError, RemoteProtocolError
 from lloom_sidecar.identity import load_identity
 from lloom_sidecar.network.security_dialogue import NOISE, accepted_security
 from lloom_sidecar.node.daemon import find_p2pd
 from lloom_sidecar.protocol.framing import frame
+from lloom_sidecar.protocol.names import PROTOCOL_HELLO
+from lloom_sidecar.protocol.network_key import parse_key_file
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from tests.contract.binaries import find_upstream
 from tests.harness import Network, Node
+from tests.harness.hand_peer import HandPeer
 from tests.harness.waiting import wait_until
 
 FAST = ["--heartbeat", "1"]
@@ -32,10 +40,16 @@ def network() -> Iterator[Network]:
 
 
 def ctl(node: Node, *args: str, code: int = 0) -> Any:
-    """The JSON that a command prints; ``code`` is its expected exit code."""
-    done = node.ctl(*args, "--json")
-    assert done.returncode == code, done.stdout + done.stderr
+    """The JSON that a command prints, or its words on stderr; ``code`` is its expected exit code."""
+    done = invoke(node, *args, "--json")
+    assert done.exit_code == code, done.output
     return json.loads(done.stdout) if done.stdout else done.stderr
+
+
+def invoke(node: Node, *args: str) -> Result:
+    """Run lloomctl inside this process, which saves its start; a few tests run the real one with ``node.ctl``."""
+    clean = {"LLOOM_HOME": None, "LLOOM_NODE": None}
+    return CliRunner(env=clean).invoke(root, ["--home", str(node.home), *args], prog_name="lloomctl")
 
 
 def findings(node: Node, *, code: int = 0) -> dict[str, list[dict[str, str]]]:
@@ -61,11 +75,11 @@ def test_ping(network: Network) -> None:
         assert abs(one["clock_ahead_ms"]) < 2000
     # An executor that the client is not connected to is dialled.
     ctl(network.client, "peer", "disconnect", network.executors[0].peer)
-    assert network.client.ctl("peer", "ping", network.executors[0].peer, "-c", "1").returncode == 0
+    ctl(network.client, "peer", "ping", network.executors[0].peer, "-c", "1")
     stranger = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
-    done = network.client.ctl("peer", "ping", stranger, "-c", "1")
-    assert (done.returncode, "cannot be reached" in done.stderr) == (1, True)
-    assert network.client.ctl("peer", "ping", network.client.peer).returncode == 1
+    failed = invoke(network.client, "peer", "ping", stranger, "-c", "1")
+    assert (failed.exit_code, "cannot be reached" in failed.stderr) == (1, True)
+    assert invoke(network.client, "peer", "ping", network.client.peer).exit_code == 1
 
 
 def test_disconnect_is_an_event_and_a_validator_comes_back(network: Network) -> None:
@@ -116,7 +130,8 @@ def test_the_dht(network: Network) -> None:
     assert validator.peer in {one["peer"] for one in ctl(client, "dht", "closest", validator.peer)["peers"]}
 
     assert ctl(client, "dht", "provide", "--model", "own")["key"] == "/lloom/model/1.0.0/own"
-    assert providers("--model", "own", "--at", validator.peer) == {client.peer}
+    # p2pd does not wait until the others have the record.
+    wait_until(lambda: providers("--model", "own", "--at", validator.peer) == {client.peer}, "the record elsewhere")
 
 
 def test_a_record_round_trips(network: Network, tmp_path: Path) -> None:
@@ -127,12 +142,12 @@ def test_a_record_round_trips(network: Network, tmp_path: Path) -> None:
     assert ctl(client, "dht", "get", put["key"]) == put
     # The file form: what was read can be put again by anybody, and nothing else under that key.
     file = tmp_path / "record"
-    assert client.ctl("dht", "get", executor.peer, "--out", str(file)).returncode == 0
+    assert invoke(client, "dht", "get", executor.peer, "--out", str(file)).exit_code == 0
     assert file.read_bytes()[4:] == load_identity(executor.home).peer.ed25519_public_key
     assert ctl(client, "dht", "put", put["key"], str(file)) == put
     file.write_bytes(b"\x08\x01\x12\x20" + bytes(32))
-    assert client.ctl("dht", "put", put["key"], str(file)).returncode == 1
-    assert "/pk/PEER and /ipns/NAME only" in client.ctl("dht", "put", "/lloom/x", str(file)).stderr
+    assert invoke(client, "dht", "put", put["key"], str(file)).exit_code == 1
+    assert "/pk/PEER and /ipns/NAME only" in invoke(client, "dht", "put", "/lloom/x", str(file)).stderr
 
 
 # ---------------------------------------------------------------- gossip, settings
@@ -163,15 +178,13 @@ def test_validators_come_and_go_while_the_node_runs(network: Network) -> None:
     first = network.validators[0].peer
     wait_until(lambda: states() == {first: "joined"}, "the added validator to be joined")
     network.wait_known(lone)
-    # Its status is heard, as of every configured validator.
-    wait_until(lambda: [one["peer"] for one in lone.status()["network_status"]] == [first], "its status", timeout_s=45)
     assert not ctl(lone, "bootstrap", "add", network.validators[0].address)["node_changed"]
     ctl(lone, "bootstrap", "add", extra.address)
     wait_until(lambda: states() == {first: "joined", extra.peer: "joined"}, "both")
 
     assert ctl(lone, "bootstrap", "rm", first[-8:])["node_changed"]
     assert states() == {extra.peer: "joined"}
-    assert lone.status()["network_status"] == [] or lone.status()["network_status"][0]["peer"] == extra.peer
+    assert first not in {one["peer"] for one in lone.status()["network_status"]}
     ctl(lone, "bootstrap", "rm", first, code=1)
     ctl(lone, "peer", "disconnect", first)
     # What was removed is not dialled again, also after a restart, which reads the file.
@@ -193,6 +206,7 @@ def test_validators_come_and_go_while_the_node_runs(network: Network) -> None:
     assert [one["severity"] for one in found] == ["error"]
     assert "nothing listens at its address" in found[0]["text"]
     assert "Start the validator" in found[0]["remedy"]
+    lone.stop()
 
 
 # ---------------------------------------------------------------- doctor: well
@@ -206,7 +220,7 @@ def test_a_healthy_network_has_no_error(network: Network) -> None:
         wait_until(ready, f"{node.name} to be well", timeout_s=30)
     found = findings(network.executors[0])
     for key in ("/lloom/executor/1.0.0", "/lloom/model/1.0.0/scripted"):
-        assert re.search(rf"{key} at [12] of 2", found["provider_record"][0]["text"])
+        assert re.search(rf"{key} at [1-9] of [1-9]", found["provider_record"][0]["text"])
     assert "refuses plaintext, speaks Noise" in found["plaintext"][0]["text"]
     assert found["validators"][0]["text"].startswith("1 of 1 answer")
     assert found["clock"][0]["severity"] == "ok"
@@ -216,11 +230,11 @@ def test_a_healthy_network_has_no_error(network: Network) -> None:
 
 # ---------------------------------------------------------------- doctor: broken
 def test_a_record_that_nobody_holds(network: Network) -> None:
-    # Alone with a client, which is in no DHT server mode: nobody could hold its record.
     lone = network.add("executor", bootstrap=False)
     found = findings(lone)["provider_record"]
     assert [one["severity"] for one in found] == ["info"]
     assert "Connect to a validator" in found[0]["remedy"]
+    lone.stop()
 
 
 def test_a_node_that_has_ended(network: Network) -> None:
@@ -248,8 +262,9 @@ def test_p2pd_that_cannot_be_started_again(network: Network) -> None:
     assert found["p2pd"][0]["severity"] == "error"
     assert "p2pd.log" in found["p2pd"][0]["remedy"]
     assert found["validators"][0]["severity"] == found["plaintext"][0]["severity"] == "skipped"
-    done = node.ctl("peer", "ping", network.validators[0].peer, "-c", "1")
-    assert (done.returncode, "p2pd is not up" in done.stderr) == (1, True)
+    done = invoke(node, "peer", "ping", network.validators[0].peer, "-c", "1")
+    assert (done.exit_code, "p2pd is not up" in done.stderr) == (1, True)
+    node.stop()
 
 
 def test_another_key_than_the_running_nodes(network: Network) -> None:
@@ -262,6 +277,7 @@ def test_another_key_than_the_running_nodes(network: Network) -> None:
     assert found["identity"][0]["severity"] == "error"
     assert found["network_key"][0]["severity"] == "warning"
     assert "Restart the node" in found["network_key"][0]["remedy"]
+    node.stop()
 
 
 def test_a_validator_of_another_network(network: Network) -> None:
@@ -274,6 +290,7 @@ def test_a_validator_of_another_network(network: Network) -> None:
         return any("another network" in one["text"] and "network show" in one["remedy"] for one in found)
 
     wait_until(explained, "the reason", explain=lambda: findings(node, code=1)["validators"])
+    node.stop()
 
 
 def test_open_settings_and_a_wrong_peer_id_are_told(network: Network) -> None:
@@ -285,6 +302,65 @@ def test_open_settings_and_a_wrong_peer_id_are_told(network: Network) -> None:
 
     wait_until(told, "the reason", explain=lambda: findings(node, code=1)["validators"])
     assert findings(node, code=1)["open_settings"][0]["severity"] == "warning"
+    node.stop()
+
+
+class WrongClock(HandPeer):
+    """A validator whose clock is ahead."""
+
+    ahead_ms = 0
+
+    def info(self, **kwargs: Any) -> pb.NodeInfo:
+        """As everybody's, with its time."""
+        found = super().info(**kwargs)
+        found.now_ms += self.ahead_ms
+        return found
+
+
+@pytest.fixture
+def wrong_clock() -> Iterator[WrongClock]:
+    # Outside the event loop: it starts its p2pd by one of its own.
+    hand = WrongClock()
+    with hand:
+        yield hand
+
+
+@pytest.mark.parametrize(("ahead_min", "severity"), [(2, "warning"), (20, "error")])
+async def test_a_clock_that_differs_from_the_validators(
+    network: Network, wrong_clock: WrongClock, ahead_min: int, severity: str
+) -> None:
+    key = parse_key_file(network.key_file.read_bytes()).current
+    hand = wrong_clock
+    hand.ahead_ms = ahead_min * 60_000
+    async with hand.serving({PROTOCOL_HELLO: lambda stream: hand.answer_hello(stream, [key])}):
+        node = await trio.to_thread.run_sync(
+            lambda: network.add("client", "--bootstrap", hand.address, bootstrap=False)
+        )
+        done = await trio.to_thread.run_sync(lambda: node.ctl("doctor", "--json"))
+        await trio.to_thread.run_sync(node.stop)
+    assert done.returncode == (1 if severity == "error" else 0), done.stdout
+    found = {one["check"]: one for one in json.loads(done.stdout)["findings"]}
+    assert found["validators"]["severity"] == "ok"
+    assert found["clock"]["severity"] == severity
+    assert abs(float(found["clock"]["text"].split()[0]) - ahead_min * 60) < 2
+    assert "s behind the validators' clocks" in found["clock"]["text"]
+    assert "timedatectl" in found["clock"]["remedy"]
+
+
+def test_an_unmodified_p2pd_is_well_and_its_lacks_are_told(network: Network) -> None:
+    node = network.add("executor", "--p2pd", str(find_upstream()))
+
+    def ready() -> bool:
+        return severities(findings(node)) <= {"ok", "info", "skipped"}
+
+    wait_until(ready, "the node to be well", timeout_s=30, explain=lambda: findings(node))
+    found = findings(node)
+    assert found["features"][0]["severity"] == "info"
+    for words in ("mDNS", "hole punching", "relays for nodes behind NAT", "raised limits"):
+        assert words in found["features"][0]["text"]
+    assert "refuses plaintext, speaks Noise" in found["plaintext"][0]["text"]
+    assert "/lloom/executor/1.0.0 at " in found["provider_record"][0]["text"]
+    node.stop()
 
 
 # ---------------------------------------------------------------- the dialogue beneath
