@@ -122,7 +122,9 @@ def run_demo(*, once: bool, prompt: str | None, api_port: int, keep: Path | None
     def on_signal(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, on_signal)
+    # SIGINT too: whoever starts the demo in a script's background has it ignored, and still asks it to end so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     # The steps below say what a person wants to know; each node's log is in its home.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     members: list[_Member] = []
