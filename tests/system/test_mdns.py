@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 
@@ -12,10 +11,7 @@ from natlab import Lan, add_on, backend_on, chat_on
 from tests.harness import Network, Node
 from tests.harness.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
-]
+pytestmark = pytest.mark.root
 FAST = ["--heartbeat", "1"]
 
 

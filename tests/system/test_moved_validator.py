@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -11,10 +10,7 @@ from natlab import Lan, add_on
 from tests.harness import Network
 from tests.harness.waiting import wait_until
 
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
-]
+pytestmark = pytest.mark.root
 NAME = "validator.test"
 
 
