@@ -6,11 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
 
+import structlog
 import trio
 
 from lloom_sidecar.errors import (
+    LloomError,
     PeerBusyError,
 )
 from lloom_sidecar.ids import PeerId
@@ -25,18 +26,7 @@ from .observer import ExecutorObserver, ServedReceipt
 from .quotes import QuoteBook
 from .session import Session
 
-OPEN_TIMEOUT_S: Final = 10.0
-"""From the stream's arrival to its OPEN."""
-BODY_STALL_S: Final = 60.0
-"""Longest silence while a body is outstanding."""
-IDLE_STREAM_S: Final = 600.0
-"""A stream without an exchange is closed by the requester first; this is for one that forgot."""
-MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
-"""Largest SSE event of a backend."""
-MAX_DOCUMENT_BYTES: Final = 64 * 1024 * 1024
-"""Largest unstreamed answer."""
-DRAIN_ANSWER_S: Final = 1.0
-GOAWAY_LINGER_S: Final = 5.0
+log = structlog.get_logger("lloom.executor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +143,11 @@ class Executor:
         if self._allowance < 1:
             raise PeerBusyError("this executor gets too many requests", code="rate_limit", retry_after_s=1.0)
         self._allowance -= 1
+
+    def count_refused(self, peer: PeerId, error: LloomError) -> None:
+        """A stream or a request of ``peer`` was refused, or failed."""
+        self.observer.refused(error.code)
+        log.info("refused", peer=str(peer), code=error.code)
 
     def _wake(self, ticket: Ticket) -> None:
         event = self._places.pop(ticket, None)

@@ -1,0 +1,291 @@
+"""The work on one exchange: from its complete body to its END or ERROR. Reading the stream is the session's part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import trio
+
+from lloom_sidecar.errors import (
+    BackendError,
+    BackendRejectedError,
+    BackendTimeoutError,
+    DaemonError,
+    LloomError,
+    PriceError,
+    RemoteProtocolError,
+    RoutingError,
+)
+from lloom_sidecar.http.errors import HttpClientError
+from lloom_sidecar.ids import PeerId
+from lloom_sidecar.protocol.claims import (
+    QUOTE_CONTENT_TYPE,
+    CheckedRequest,
+    cost_of,
+    price_message,
+    salted_digest,
+    seal_quote,
+    seal_receipt,
+)
+from lloom_sidecar.protocol.exchange import ResponderStream, State
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+
+from .admission import Ticket
+from .backend import BackendAnswer
+from .body import BackendCall, prepare_body
+from .observer import ServedReceipt
+from .quotes import QUOTE_ID_BYTES, offers_document
+from .relay import MAX_DOCUMENT_BYTES, AnswerMeter, EventRelay
+
+if TYPE_CHECKING:
+    from .serve import Executor
+
+DRAIN_ANSWER_S: Final = 1.0
+"""For the end of a backend's body after its answer is complete."""
+MAX_TOKENS: Final = 2**31 - 1
+
+log = structlog.get_logger("lloom.executor")
+
+
+@dataclass(slots=True)
+class Job:
+    """One exchange that was taken, and what it holds here."""
+
+    request: CheckedRequest
+    envelope: bytes
+    salt: bytes
+    ticket: Ticket | None
+    """Its place at the backend; None for a query, which the executor answers itself."""
+    accepted_at: float
+    accepted_at_ms: int
+    body_length: int
+    price: pb.Price
+    """Fixed when the REQUEST was taken."""
+    body: list[bytes] = field(default_factory=list)
+    first_at_ms: int = 0
+    is_ended: bool = False
+    """The observer was told of its end."""
+
+
+class Answering:
+    """Answers one job at a time on one stream."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        peer: PeerId,
+        *,
+        machine: ResponderStream,
+        send: Callable[[bytes], Awaitable[None]],
+        keep: Callable[[ServedReceipt], None],
+    ) -> None:
+        """``send``: whole frames to the requester, raises DaemonError when its side is gone. ``keep``: the receipt
+        whose ACK may come."""
+        self._executor = executor
+        self._peer = peer
+        self._machine = machine
+        self._send = send
+        self._keep = keep
+
+    async def run(self, job: Job) -> None:
+        """Answer ``job``, whatever happens to it: its failures go to the requester.
+
+        Raises DaemonError when the requester's side of the stream is gone. Cancelled: its work at the backend is
+        stopped and the observer told.
+        """
+        claims = job.request.claims
+        code, first_s, tokens = "cancelled", None, 0
+        try:
+            with trio.fail_after(claims.deadline_ms / 1000):
+                tokens = await self._answer(job)
+            code = "ok"
+        except trio.TooSlowError:
+            code = "deadline"
+            await self._fail(BackendTimeoutError("the answer took longer than the request's deadline", code="deadline"))
+        except BackendRejectedError as exc:
+            code = exc.code
+            await self._fail(exc, exc.body)
+        except DaemonError as exc:
+            code = exc.code
+            raise
+        except LloomError as exc:
+            code = exc.code
+            await self._fail(exc)
+        except Exception as exc:  # the end of this request's task: its bug must not end the stream's others
+            code = "internal"
+            log.error(
+                "request_failed", peer=str(self._peer), model=claims.model, error=type(exc).__name__, exc_info=exc
+            )
+            await self._fail(LloomError("the executor failed on this request; its log has the cause", retryable=True))
+        finally:
+            if job.first_at_ms:
+                first_s = (job.first_at_ms - job.accepted_at_ms) / 1000
+            self.note_end(job, code, first_s, tokens)
+
+    def note_end(self, job: Job, code: str, first_s: float | None = None, tokens: int = 0) -> None:
+        """Tell the observer that ``job`` ended. Exactly one for each ``request_received``: the first call counts."""
+        if job.is_ended:
+            return
+        job.is_ended = True
+        claims = job.request.claims
+        seconds = trio.current_time() - job.accepted_at
+        self._executor.observer.request_ended(
+            self._peer, claims.request_id, claims.model, code, seconds, first_s, tokens
+        )
+
+    async def _answer(self, job: Job) -> int:
+        executor = self._executor
+        claims = job.request.claims
+        body = b"".join(job.body)
+        job.body.clear()
+        if salted_digest(job.salt, body) != claims.body_digest:
+            raise RemoteProtocolError("a body that is not the signed one", code="bad_digest", http_status=400)
+        if job.ticket is None:
+            meter = await self._answer_query(job)
+        else:
+            meter = await self._answer_from_backend(job, body, job.ticket)
+        usage, source = meter.usage()
+        price = job.price
+        cost = cost_of(price, usage)
+        if claims.max_cost_set and cost > claims.max_cost:
+            raise PriceError("the answer cost more than the request allows", code="max_cost", retryable=False)
+        receipt = pb.ReceiptClaims(
+            client=self._peer.raw,
+            executor=executor.signer.peer.raw,
+            request_digest=job.request.digest,
+            answer_digest=meter.digest.digest(),
+            answer_bytes=meter.size,
+            model=claims.model,
+            usage=usage,
+            usage_source=source,
+            price=price,
+            cost=cost,
+            accepted_at_ms=job.accepted_at_ms,
+            first_at_ms=job.first_at_ms,
+            ended_at_ms=executor.now_ms(),
+            outcome=pb.OUTCOME_COMPLETE,
+        )
+        envelope = seal_receipt(receipt, executor.signer)
+        exchange = self._machine.exchange
+        served = ServedReceipt(self._peer, claims.request_id, exchange, claims.model, job.envelope, envelope, job.salt)
+        self._keep(served)
+        executor.observer.receipt_made(served)
+        if job.ticket is not None:
+            executor.leave(job.ticket, trio.current_time() - job.accepted_at)
+        await self._send(self._machine.end(envelope))
+        return int(usage.completion_tokens)
+
+    async def _answer_from_backend(self, job: Job, body: bytes, ticket: Ticket) -> AnswerMeter:
+        executor = self._executor
+        claims = job.request.claims
+        call = prepare_body(
+            body,
+            operation=claims.operation,
+            model=claims.model,
+            backend_model=executor.backend.backend_model(claims.model),
+            policy=executor.policy,
+            affordable_tokens=_affordable_tokens(claims, job.price, len(body)),
+        )
+        await executor.wait_place(ticket)
+        async with executor.backend.call(call) as answer:
+            if call.is_streamed:
+                return await self._relay_events(job, call, answer)
+            return await self._relay_document(job, answer)
+
+    async def _answer_query(self, job: Job) -> AnswerMeter:
+        """What this executor offers now, or a price that it promises: neither needs the backend."""
+        executor = self._executor
+        claims = job.request.claims
+        meter = AnswerMeter(job.salt)
+        meter.is_query = True
+        if claims.operation == pb.OPERATION_MODELS:
+            document = offers_document(executor.offers(), executor.admission.working, executor.admission.queued)
+            await self._send_data(job, meter, document, "application/json")
+            return meter
+        offer = executor.offer(claims.model)
+        if offer is None:
+            raise RoutingError("this executor does not serve that model", code="model_not_served", retryable=True)
+        now_ms = executor.now_ms()
+        quote_id = os.urandom(QUOTE_ID_BYTES)
+        quote = executor.quotes.promise(quote_id, self._peer, claims.model, offer.price, now_ms)
+        envelope = seal_quote(
+            pb.QuoteClaims(
+                quote_id=quote_id,
+                client=self._peer.raw,
+                executor=executor.signer.peer.raw,
+                model=claims.model,
+                price=price_message(offer.price),
+                issued_at_ms=now_ms,
+                valid_until_ms=quote.valid_until_ms,
+            ),
+            executor.signer,
+        )
+        await self._send_data(job, meter, envelope, QUOTE_CONTENT_TYPE)
+        return meter
+
+    async def _relay_events(self, job: Job, call: BackendCall, answer: BackendAnswer) -> AnswerMeter:
+        """Pass SSE on as it comes (or merge it into one document), up to the proper end."""
+        meter = AnswerMeter(job.salt)
+        relay = EventRelay(call, meter, is_chat=job.request.claims.operation == pb.OPERATION_CHAT)
+        while not relay.is_done:
+            data = await answer.receive_some()
+            if not data:
+                break
+            out = relay.feed(data)
+            if out and not job.first_at_ms:
+                self._note_first(job)
+            if out and call.wants_stream:
+                await self._send_data(job, meter, out, "text/event-stream")
+        relay.check_complete()
+        with trio.move_on_after(DRAIN_ANSWER_S), suppress(HttpClientError, BackendError):
+            # The end of the body lets the connection be used again; whoever keeps it open after [DONE], or cuts it
+            # there, loses it. The answer is complete either way.
+            await answer.receive_some()
+        if not call.wants_stream:
+            await self._send_data(job, meter, relay.document(), "application/json")
+        return meter
+
+    async def _relay_document(self, job: Job, answer: BackendAnswer) -> AnswerMeter:
+        document = await answer.read(MAX_DOCUMENT_BYTES)
+        self._note_first(job)
+        meter = AnswerMeter(job.salt)
+        meter.note_usage(document)
+        await self._send_data(job, meter, document, "application/json")
+        return meter
+
+    def _note_first(self, job: Job) -> None:
+        job.first_at_ms = max(1, self._executor.now_ms())
+
+    async def _send_data(self, job: Job, meter: AnswerMeter, data: bytes, content_type: str) -> None:
+        head = b""
+        if meter.size == 0:
+            backend_us = round((trio.current_time() - job.accepted_at) * 1e6)
+            head = self._machine.head(content_type, backend_us=backend_us)
+        meter.add(data)
+        await self._send(head + self._machine.data(data))
+
+    async def _fail(self, error: LloomError, body: bytes = b"") -> None:
+        self._executor.count_refused(self._peer, error)
+        if self._machine.state is State.ANSWERING:
+            await self._send(self._machine.error(error, body=body))
+
+
+def _affordable_tokens(claims: pb.RequestClaims, price: pb.Price, body_bytes: int) -> int | None:
+    """Most completion tokens that the request's max cost pays for, None = no limit.
+
+    The prompt's tokens are not known before the backend counted them; they are at most as many as the body has bytes,
+    so the executor never does work that the client need not pay.
+    Raises PriceError when not even one token is left.
+    """
+    if not claims.max_cost_set or (price.prompt_per_million == 0 and price.completion_per_million == 0):
+        return None
+    left = claims.max_cost * 1_000_000 - price.prompt_per_million * body_bytes
+    tokens = left // price.completion_per_million if price.completion_per_million else MAX_TOKENS if left >= 0 else 0
+    if tokens < 1:
+        raise PriceError("the request's max cost does not pay for its prompt here", code="max_cost", retryable=True)
+    return min(tokens, MAX_TOKENS)

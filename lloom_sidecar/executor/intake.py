@@ -1,0 +1,98 @@
+"""What is checked of a REQUEST before its body is read: everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from lloom_sidecar.errors import (
+    BackendUnavailableError,
+    PeerBusyError,
+    PriceError,
+    RemoteProtocolError,
+    RequestError,
+    RoutingError,
+)
+from lloom_sidecar.ids import PeerId
+from lloom_sidecar.protocol.claims import OPERATIONS_SERVED, CheckedRequest, check_request, is_under
+from lloom_sidecar.protocol.exchange import RequestReceived
+from lloom_sidecar.protocol.offers import Price
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+
+from .admission import Ticket
+
+if TYPE_CHECKING:
+    from .serve import Executor
+
+QUERIES: Final = frozenset({pb.OPERATION_MODELS, pb.OPERATION_QUOTE})
+"""Operations that the executor answers itself, without a place at the backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A request that passed every check."""
+
+    request: CheckedRequest
+    price: Price
+    """Fixed now."""
+    ticket: Ticket | None
+    """Its place at the backend; None for a query."""
+
+
+def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: RequestReceived) -> Taken:
+    """Check a REQUEST and give it a place, which the caller owes back.
+
+    Raises LloomError, with a code of PROTOCOL.md's list: nothing is held then.
+    """
+    executor.take_allowance()
+    if executor.is_draining:
+        raise PeerBusyError("this executor is shutting down", code="draining", retry_after_s=5.0)
+    if not executor.may_ask(peer):
+        raise RemoteProtocolError("say hello again: the membership has run out", code="hello_required")
+    request = check_request(
+        event.envelope,
+        sender=peer,
+        executor=executor.signer.peer,
+        challenge=challenge,
+        exchange=event.exchange,
+        now_ms=executor.now_ms(),
+    )
+    claims = request.claims
+    if claims.operation not in OPERATIONS_SERVED:
+        raise RequestError("this executor does not serve that operation", code="unsupported_operation", http_status=501)
+    if event.encoding != pb.ENCODING_IDENTITY:
+        raise RemoteProtocolError("a body compressed in a way that was not agreed on", code="bad_request")
+    if event.body_length == 0:
+        raise RequestError("the request has no body", code="invalid_json")
+    price = Price()
+    if claims.operation != pb.OPERATION_MODELS:
+        price = _price_of(executor, peer, claims)
+    if executor.buffered_bytes + event.body_length > executor.limits.buffered_bodies_bytes:
+        raise PeerBusyError("this executor holds too many bodies", code="busy", retry_after_s=1.0)
+    is_query = claims.operation in QUERIES
+    return Taken(request, price, None if is_query else executor.enter(peer, claims.priority))
+
+
+def _price_of(executor: Executor, peer: PeerId, claims: pb.RequestClaims) -> Price:
+    """The price of a request, fixed now: the promised one, else today's, if the request allows that."""
+    if not executor.backend.is_up:
+        raise BackendUnavailableError("the backend of this executor is down")
+    offer = executor.offer(claims.model)
+    if offer is None:
+        raise RoutingError("this executor does not serve that model", code="model_not_served", retryable=True)
+    if claims.operation == pb.OPERATION_QUOTE:
+        return Price()
+    price = offer.price
+    if claims.quote_id:
+        quoted = executor.quotes.price_of(claims.quote_id, peer, claims.model, executor.now_ms())
+        if quoted is None:
+            raise PriceError("that quote does not hold here (any more)", code="quote_expired", retryable=True)
+        price = quoted
+    if not is_under(price, claims.max_price):
+        raise PriceError(
+            "the price here is over the one that the request allows",
+            code="price_changed",
+            retryable=True,
+            details={"price": price},
+        )
+    return price
