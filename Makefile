@@ -26,7 +26,7 @@ endef
 .PHONY: help
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
-	@echo "ARGS=... goes to the program behind demo, test, test-system and lock: make test ARGS='-k stream -x'"
+	@echo "ARGS=... goes to the program behind demo, test, test-system, soak and lock: make test ARGS='-k stream -x'"
 
 .venv/.venv-made:
 	@tools/check_prerequisites.sh $(PYTHON)
@@ -63,7 +63,11 @@ test: .venv/.installed-dev ## Unit, property, golden, contract and integration t
 .PHONY: test-system
 test-system: .venv/.installed-dev ## Go's race tests, namespaces, compose, chaos, browser (root)
 	@command -v $${CC:-gcc} >/dev/null || { echo "make: Go's race detector needs a C compiler: install gcc (Debian, Ubuntu: apt-get install gcc libc6-dev)." >&2; exit 1; }
-	$(call timed,(cd daemon && CGO_ENABLED=1 $(GO) test -race ./...) && $(BIN)/python -m pytest tests/system $(ARGS))
+	$(call timed,(cd daemon && CGO_ENABLED=1 $(GO) test -race ./...) && $(BIN)/python -m pytest tests/system -m "not soak" $(ARGS))
+
+.PHONY: soak
+soak: .venv/.installed-dev ## The long fault scenarios: partitions, floods, skewed clocks, chaos (root)
+	$(call timed,$(BIN)/python -m pytest tests/system -m soak -s $(ARGS))
 
 PYTHON_SOURCES := $(wildcard lloom_sidecar tests tools hatch_build.py)
 GO_FOLDERS := $(wildcard daemon/cmd daemon/internal)
