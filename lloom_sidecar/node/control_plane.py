@@ -32,14 +32,14 @@ from lloom_sidecar.p2p.daemon import Daemon, TopicMessage
 from lloom_sidecar.peers.addresses import dialable
 from lloom_sidecar.peers.peerbook import CataloguePage, PeerBook
 from lloom_sidecar.peers.rate import RateLimiter
-from lloom_sidecar.peers.standing import Standing
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.names import TOPIC_NETWORK, agent_version
-from lloom_sidecar.protocol.network_key import NetworkKey, NetworkKeys
+from lloom_sidecar.protocol.network_key import NetworkKeys
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 from lloom_sidecar.protocol.status import NetworkStatus
 
 from .addresses import own_networks
+from .membership import Membership
 from .observer import Observer
 from .receipts import now_ms
 
@@ -51,11 +51,7 @@ MAX_WANTED_FULL: Final = 256
 MAX_PAGE_ENTRIES: Final = 1_000
 """Of one catalogue answer of a node that is no validator; the asker goes on from there."""
 MAX_SOFTWARE_KNOWN: Final = 10_000
-DROP_AGAIN_S: Final = 0.5
-"""Between two closings of a banned peer's connections that its messages cause."""
 SOFTWARE: Final = agent_version(__version__)
-LASTING_REFUSALS: Final = frozenset({"not_member", "version", "bad_proof"})
-"""What asking again soon will not change."""
 
 log = structlog.get_logger("lloom.control_plane")
 
@@ -91,7 +87,6 @@ class ControlPlane:
         rng: random.Random,
     ) -> None:
         self.config = config
-        self.key_file = keys
         self._signer = signer
         self._me = me = signer.peer
         self._next_sequence = next_sequence
@@ -106,12 +101,10 @@ class ControlPlane:
         self._rng = rng
         self._wanted_full: dict[PeerId, None] = {}
         self._software: OrderedDict[PeerId, str] = OrderedDict()
-        self._next_drop_at = 0.0
-        self.standing = Standing()
         self.tags = Tags(get_daemon)
         validators = group_by_peer(config.bootstrap)
         self._validators = {v.peer for v in validators} | ({me} if config.is_validator else set())
-        """Shared with the book and the board of statuses, which see what is added and removed."""
+        """Shared with the book, the membership and the board of statuses, which see what is added and removed."""
         self.book = PeerBook(
             me=me,
             is_open=config.open,
@@ -119,28 +112,38 @@ class ControlPlane:
             validators=self._validators,
             first_cursor=now_ms(),
         )
+        self.membership = membership = Membership(
+            config,
+            key_file=keys,
+            book=self.book,
+            validators=self._validators,
+            in_use=self.tags.__contains__,
+            look_now=lambda: self.greeter.look_now(),
+            metrics=metrics,
+            observer=observer,
+        )
         self.hello = HelloService(
             me=me,
-            keys=self.keys,
+            keys=membership.keys,
             is_open=config.open,
             node_info=self._node_info,
             get_daemon=get_daemon,
             on_greeted=self._on_greeted,
-            on_refused=self._on_refused,
+            on_refused=membership.on_refused,
             catalogue=self._catalogue_page,
-            ban_of=self._ban_of,
+            ban_of=membership.ban_of,
         )
         self.intake = Intake(
             me=me,
             book=self.book,
-            keys=self.keys,
+            keys=membership.keys,
             observer=observer,
             want_full=self._want_full,
             now_ms=now_ms,
-            on_offence=self._on_offence,
+            on_offence=membership.on_offence,
         )
         self.connections = Connections(
-            get_daemon=get_daemon, addrs_of=self._dialable, observer=self, keeps_away=self._keeps_away
+            get_daemon=get_daemon, addrs_of=self._dialable, observer=self, keeps_away=membership.keeps_away
         )
         self.bootstrap = Bootstrap(
             me=me,
@@ -152,14 +155,14 @@ class ControlPlane:
             observer=observer,
             after_join=self._after_join,
             rng=rng,
-            keeps_away=self._ban_of,
+            keeps_away=membership.ban_of,
         )
         self.greeter = Greeter(
             me=me,
             connections=self.connections,
             hello=self.hello,
-            standing=self.standing,
-            is_needed=self._is_needed,
+            standing=membership.standing,
+            is_needed=membership.is_needed,
             disconnect=self._disconnect,
             rng=rng,
         )
@@ -170,7 +173,7 @@ class ControlPlane:
             connections=self.connections,
             hello=self.hello,
             intake=self.intake,
-            roles_of=self._member_roles,
+            roles_of=membership.member_roles,
             dialable=_dialable_once_connected,
         )
         self.upkeep = Upkeep(
@@ -190,10 +193,10 @@ class ControlPlane:
         )
         self.statuses = StatusBoard(
             validators=self._validators,
-            keys=self.keys,
+            keys=membership.keys,
             now_ms=now_ms,
             on_dropped=metrics.status_dropped,
-            on_offence=self._on_offence,
+            on_offence=membership.on_offence,
         )
         self.discovery = Discovery(
             me=me,
@@ -203,7 +206,7 @@ class ControlPlane:
             hello=self.hello,
             book=self.book,
             on_found=metrics.discovery_finished,
-            keeps_away=self._keeps_away,
+            keeps_away=membership.keeps_away,
             is_alone=lambda: not self.bootstrap.joined,
             dialable=_dialable_here,
         )
@@ -223,8 +226,8 @@ class ControlPlane:
                     rates=rates,
                     on_message=lambda: self._metrics.message_received("announcement"),
                     on_dropped=self._metrics.announcement_dropped,
-                    is_banned=self._is_banned_author,
-                    on_offence=self._on_offence,
+                    is_banned=self.membership.is_banned_author,
+                    on_offence=self.membership.on_offence,
                 )
             )
             nursery.start_soon(self._listen_for_statuses)
@@ -256,14 +259,14 @@ class ControlPlane:
             on_message=lambda: self._metrics.message_received("status"),
             on_dropped=self._metrics.status_dropped,
             handle=self.statuses.take,
-            is_banned=self._is_banned_author,
-            on_offence=self._on_offence,
+            is_banned=self.membership.is_banned_author,
+            on_offence=self.membership.on_offence,
         )
 
     async def _publish_statuses(self) -> None:
         await run_publisher(
             signer=self._signer,
-            key=self.current_key,
+            key=self.membership.current_key,
             summary=self.summary,
             get_daemon=self._get_daemon,
             next_sequence=self._next_sequence,
@@ -308,41 +311,7 @@ class ControlPlane:
                 await self._get_daemon().untag_peer(peer, VALIDATOR_TAG)
         return has_changed
 
-    # ------------------------------------------------------------ who is kept away
-    def _ban_of(self, peer: PeerId) -> str | None:
-        return self.standing.ban_of(peer, trio.current_time())
-
-    def _keeps_away(self, peer: PeerId) -> str | None:
-        now = trio.current_time()
-        return self.standing.ban_of(peer, now) if self._is_needed(peer) else self.standing.keeps_away(peer, now)
-
-    def _is_needed(self, peer: PeerId) -> bool:
-        """Somebody wants it though it may be of another network."""
-        return peer in self._validators or peer in self.config.allow_peers or peer in self.tags
-
-    def _is_banned_author(self, peer: PeerId) -> bool:
-        now = trio.current_time()
-        if self.standing.ban_of(peer, now) is None:
-            return False
-        if now >= self._next_drop_at:
-            # It may be a neighbour again since the last look at the connections.
-            self._next_drop_at = now + DROP_AGAIN_S
-            self.greeter.look_now()
-        return True
-
-    def _on_offence(self, peer: PeerId, reason: str) -> None:
-        if not self.standing.offend(peer, reason, trio.current_time()):
-            return
-        self._metrics.peer_banned(reason)
-        self._observer.peer_banned(peer, reason)
-        self.greeter.look_now()
-
-    def _on_refused(self, peer: PeerId, code: str) -> None:
-        self._observer.hello_refused(peer, code)
-        plain = code.removeprefix("hello_")
-        if plain in LASTING_REFUSALS and self.standing.refuse(peer, plain, trio.current_time()):
-            self._observer.peer_refused(peer, plain)
-
+    # ------------------------------------------------------------ who is connected
     async def _disconnect(self, peer: PeerId, cause: str) -> None:
         self._observer.will_close(peer, cause)
         try:
@@ -350,26 +319,6 @@ class ControlPlane:
             await self.connections.look()
         except DaemonError as exc:
             log.info("not_disconnected", peer=str(peer), code=exc.code)
-
-    def other_versions(self) -> int:
-        """Peers that lately refused hello, or were refused, because of their major version."""
-        return len(self.standing.refused("version", trio.current_time()))
-
-    # ------------------------------------------------------------ who belongs to us
-    def keys(self) -> tuple[NetworkKey, ...]:
-        """The network keys that count now, newest first."""
-        return () if self.key_file is None else self.key_file.valid(now_ms())
-
-    def current_key(self) -> NetworkKey | None:
-        """The newest of them."""
-        return None if self.key_file is None else self.key_file.current
-
-    def may_ask(self, peer: PeerId) -> bool:
-        """Whether this node serves ``peer``: a member by hello, an allowed one, or anybody when open."""
-        now = trio.current_time()
-        if self.standing.ban_of(peer, now) is not None:
-            return False
-        return self.config.open or self.book.is_member(peer, now) or peer in self.config.allow_peers
 
     async def greet(self, peer: PeerId) -> None:
         """Say hello. Raises as ``HelloService.greet``."""
@@ -382,12 +331,6 @@ class ControlPlane:
     def _members(self) -> list[PeerId]:
         now = trio.current_time()
         return [peer for peer in self.connections if self.book.is_member(peer, now)]
-
-    def _member_roles(self, peer: PeerId) -> frozenset[str] | None:
-        known = self.book.known(peer, trio.current_time())
-        if known is None or not (known.is_member or peer in self.config.allow_peers):
-            return None
-        return known.roles
 
     def models_of(self, peer: PeerId) -> tuple[str, ...]:
         """Ids of the models that an executor offers."""
@@ -415,9 +358,10 @@ class ControlPlane:
         if greeted.rtt_s is not None:
             self._observer.rtt_s[greeted.peer] = greeted.rtt_s
         roles = frozenset(_ROLE_NAMES[role] for role in node.roles if role in _ROLE_NAMES)
-        if "validator" in roles and greeted.peer not in self._validators and self._member_roles(greeted.peer) is None:
+        is_news = greeted.peer not in self._validators and self.membership.member_roles(greeted.peer) is None
+        if "validator" in roles and is_news:
             self._observer.validator_seen(greeted.peer)
-        self.standing.accept(greeted.peer)
+        self.membership.standing.accept(greeted.peer)
         self.greeter.greeted(greeted.peer)
         self._software[greeted.peer] = node.software
         if len(self._software) > MAX_SOFTWARE_KNOWN:
@@ -468,7 +412,7 @@ class ControlPlane:
         """A connection appeared (ConnectionObserver)."""
         self._observer.connected(peer, addr)
         self.book.note_path(peer, is_relayed=addr.is_relayed)
-        if self._ban_of(peer) is not None:
+        if self.membership.ban_of(peer) is not None:
             self.greeter.look_now()
 
     def disconnected(self, peer: PeerId) -> None:

@@ -121,8 +121,8 @@ class Node:
             self.config,
             self.signer,
             max_streams=lambda: max_streams(self.supervisor),
-            may_ask=self.control.may_ask,
-            key=self.control.current_key,
+            may_ask=self.control.membership.may_ask,
+            key=self.control.membership.current_key,
             addrs=self._announced_addrs,
             executors_seen=lambda: len(self.control.book),
             get_daemon=self.daemon,
@@ -331,7 +331,7 @@ class Node:
                     "p2pd_stock", "It is an unmodified p2pd: no NAT traversal, 64 streams a peer, TCP only."
                 )
             self.health.update("previous_key", self._previous_key())
-            others = self.control.other_versions()
+            others = self.control.membership.other_versions()
             self.health.update("other_version", f"{others} met within ten minutes." if others else None)
             if self.serving is not None:
                 admission = self.serving.executor.admission
@@ -348,8 +348,8 @@ class Node:
         return f"None of {len(validators)} answers ({reasons})."
 
     def _previous_key(self) -> str | None:
-        keys = self.control.key_file
-        if keys is None or len(self.control.keys()) < 2:
+        keys = self.control.membership.key_file
+        if keys is None or len(self.control.membership.keys()) < 2:
             return None
         return (
             f"Nodes with the key before the rotation are members for {(keys.previous_until_ms - now_ms()) // 1000} s."

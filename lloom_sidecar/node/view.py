@@ -93,10 +93,10 @@ class View:
         config = node.config
         now = trio.current_time()
         supervisor = node.supervisor
-        keys = node.control.key_file
+        keys = node.control.membership.key_file
         features = sorted(name for flag, name in _SHOWN_FEATURES.items() if flag in supervisor.features)
         until = None
-        if keys is not None and keys.previous is not None and len(node.control.keys()) > 1:
+        if keys is not None and keys.previous is not None and len(node.control.membership.keys()) > 1:
             until = datetime.fromtimestamp(keys.previous_until_ms / 1000, UTC).isoformat()
         client, executor = node.observer.client, node.observer.executor
         api_address = None
