@@ -41,7 +41,7 @@ class Membership:
         metrics: Metrics,
         observer: Observer,
     ) -> None:
-        """``in_use``: a request is under way with the peer; ``look_now``: somebody's connections are to be closed now."""
+        """``in_use``: a request is under way with the peer; ``look_now``: somebody is to be disconnected now."""
         self.key_file = key_file
         self.standing = Standing()
         self._config = config
