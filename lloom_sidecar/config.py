@@ -810,6 +810,7 @@ def load_config(
     *,
     env: Mapping[str, str] | None = None,
     config_file: str | os.PathLike[str] | None = None,
+    for_p2pd: bool = False,
 ) -> Config:
     """Read and check the settings of a node.
 
@@ -818,11 +819,12 @@ def load_config(
             sequence, mean that the flag was not given.
         env: the environment; None = this process's. An empty variable counts as not set.
         config_file: ``--config``. Without it LLOOM_CONFIG, else HOME/config.toml if that exists.
+        for_p2pd: only what p2pd alone needs is checked: its container has no backend, network key or API.
 
     Raises:
         ConfigError: lists every fault, each with the source that it came from.
     """
-    return _Loader(flags or {}, os.environ if env is None else env, config_file).load()
+    return _Loader(flags or {}, os.environ if env is None else env, config_file).load(for_p2pd=for_p2pd)
 
 
 # --- the table, seen as fields --------------------------------------------------------------------------------------
@@ -893,7 +895,7 @@ class _Loader:
         self._labels: dict[str, str] = {}
         self._faulty: set[str] = set()
 
-    def load(self) -> Config:
+    def load(self, *, for_p2pd: bool) -> Config:
         unknown = set(self._flags) - set(_NAMES)
         if unknown:
             raise TypeError(f"not a setting: {', '.join(sorted(unknown))}")
@@ -910,7 +912,7 @@ class _Loader:
             sources=self._sources,
             warnings=tuple(_unknown_variables(self._env)),
         )
-        self._check(config)
+        self._check(config, for_p2pd=for_p2pd)
         if self._faults:
             raise ConfigError(self._faults)
         return config
@@ -1022,8 +1024,11 @@ class _Loader:
     def _is_given(self, name: str) -> bool:
         return name in self._sources or name in self._faulty
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Config, *, for_p2pd: bool) -> None:
         self._check_roles(config)
+        self._check_program(config)
+        if for_p2pd:
+            return
         self._check_executor(config)
         self._check_api(config)
         self._check_network(config)
@@ -1079,21 +1084,12 @@ class _Loader:
                 "one, or `lloomctl network join FILE` with an invite; --open deals with any network"
             )
 
-        if config.connections_low > config.connections_high:
-            self._faults.append(
-                f"connections_low ({config.connections_low}) is over connections_high ({config.connections_high})"
-            )
-
     def _check_p2pd(self, config: Config) -> None:
         if self._is_given("p2pd") and self._is_given("p2pd_control"):
             self._faults.append(
                 f"{self._label('p2pd')} and {self._label('p2pd_control')} exclude each other: "
                 "p2pd is either started by this node or runs already"
             )
-        if config.p2pd is not None:
-            self._check_file("p2pd", config.p2pd, "a program")
-            if config.p2pd.is_file() and not os.access(config.p2pd, os.X_OK):
-                self._faults.append(f"{self._label('p2pd')}: {config.p2pd} is not executable: chmod +x it")
         for path in {config.admin_socket, config.handler_path}:
             if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
                 self._faults.append(
@@ -1101,6 +1097,16 @@ class _Loader:
                     "choose a shorter --home"
                 )
                 break
+
+    def _check_program(self, config: Config) -> None:
+        if config.connections_low > config.connections_high:
+            self._faults.append(
+                f"connections_low ({config.connections_low}) is over connections_high ({config.connections_high})"
+            )
+        if config.p2pd is not None:
+            self._check_file("p2pd", config.p2pd, "a program")
+            if config.p2pd.is_file() and not os.access(config.p2pd, os.X_OK):
+                self._faults.append(f"{self._label('p2pd')}: {config.p2pd} is not executable: chmod +x it")
 
     def _check_file(self, name: str, path: Path, what: str) -> None:
         if not path.exists():

@@ -90,6 +90,28 @@ def run(config_file: str | None, exit_on_stdin_eof: bool, **flags: Any) -> None:
 
 
 @main.command()
+@click.option("--config", "config_file", metavar="FILE", help="TOML file of settings.  [env: LLOOM_CONFIG]")
+@_with_settings
+def p2pd(config_file: str | None, **flags: Any) -> None:
+    """Become the p2pd of a node that runs elsewhere, for instance in the container beside this one.
+
+    Takes the settings of `run` and starts p2pd as `run` would, at --p2pd-control; `run` with the same
+    --p2pd-control attaches to it. Both need the same home (for the identity) and see the socket under the same path.
+
+    \b
+    Example: lloom-sidecar p2pd --role client --p2pd-control /unix/run/lloom/p2pd.sock
+    """
+    import trio
+
+    from lloom_sidecar.node.daemon import become_p2pd
+
+    try:
+        trio.run(become_p2pd, load_config(flags, config_file=config_file, for_p2pd=True))
+    except LloomError as exc:
+        _end(exc)
+
+
+@main.command()
 @click.option("--once", is_flag=True, help="End after the first answer.")
 @click.option("--prompt", default=None, metavar="TEXT", help="What to ask.")
 @click.option(

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
+
+import trio
 
 from lloom_sidecar import __version__
 from lloom_sidecar.config import Config
-from lloom_sidecar.errors import StartError
+from lloom_sidecar.errors import ConfigError, StartError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.p2p.launch import STOCK_MAX_STREAMS, DaemonSettings
+from lloom_sidecar.p2p.launch import (
+    STOCK_CONFIG,
+    STOCK_MAX_STREAMS,
+    DaemonSettings,
+    build_argv,
+    probe_features,
+    probe_version,
+    write_note,
+)
+from lloom_sidecar.p2p.launch import is_stock as is_stock_binary
 from lloom_sidecar.p2p.supervisor import AttachedDaemon, DaemonSupervisor, OnDown, OnUp
 from lloom_sidecar.protocol.names import IDENTIFY_PROTOCOL_VERSION, MDNS_SERVICE, agent_version
 
@@ -46,7 +58,12 @@ def make_supervisor(config: Config, me: PeerId, *, on_up: OnUp, on_down: OnDown,
     """Managed or attached, as configured. Raises StartError when there is no p2pd to start."""
     if config.p2pd_control is not None:
         return AttachedDaemon(config.p2pd_control, expected_peer=me, on_up=on_up, on_down=on_down)
-    settings = DaemonSettings(
+    return DaemonSupervisor(daemon_settings(config), expected_peer=me, on_up=on_up, on_down=on_down, rng=rng)
+
+
+def daemon_settings(config: Config) -> DaemonSettings:
+    """What a p2pd of this node is started with. Raises StartError when there is none."""
+    return DaemonSettings(
         binary=find_p2pd(config.p2pd),
         run_dir=config.run_dir,
         identity_file=config.identity_file,
@@ -64,7 +81,26 @@ def make_supervisor(config: Config, me: PeerId, *, on_up: OnUp, on_down: OnDown,
         mdns=config.mdns,
         mdns_service_tag=MDNS_SERVICE,
     )
-    return DaemonSupervisor(settings, expected_peer=me, on_up=on_up, on_down=on_down, rng=rng)
+
+
+async def become_p2pd(config: Config) -> NoReturn:
+    """Replace this process by the p2pd that the node would start, at ``p2pd_control`` and on its own.
+
+    Raises StartError, ConfigError when it can't be started.
+    """
+    control = config.p2pd_control.unix_path if config.p2pd_control is not None else None
+    if control is None:
+        raise ConfigError("--p2pd-control says where the node will look for it: for instance /unix/run/lloom/p2pd.sock")
+    settings = replace(daemon_settings(config), control_file=Path(control), ends_with_parent=False)
+    features = await probe_features(settings.binary)
+    argv = build_argv(settings, features)
+    try:
+        write_note(settings.control_path, features, await probe_version(settings.binary, features))
+        if is_stock_binary(features):
+            await trio.Path(settings.stock_config_path).write_text(STOCK_CONFIG)
+        os.execv(argv[0], argv)  # no child: a container's first process should be p2pd itself
+    except OSError as exc:
+        raise StartError(f"p2pd cannot be started ({exc}): check {settings.control_path.parent} and --p2pd") from exc
 
 
 def max_streams(supervisor: Supervisor) -> int:
@@ -74,4 +110,4 @@ def max_streams(supervisor: Supervisor) -> int:
 
 def is_stock(supervisor: Supervisor) -> bool:
     """True when p2pd may be an unmodified one, with its lower limits."""
-    return not isinstance(supervisor, DaemonSupervisor) or supervisor.is_stock
+    return supervisor.is_stock

@@ -27,6 +27,7 @@ _PROBE_DEADLINE_S: Final = 10.0
 """``-help`` takes 12 ms; a busy machine may take a thousand times as long."""
 _FLAG_LINE: Final = re.compile(r"^ {2}-(\w+)", re.MULTILINE)
 _MAX_HELP_CHARS: Final = 200_000
+_MAX_NOTE_BYTES: Final = 64 * 1024
 
 DhtMode = Literal["server", "client", "auto", "off"]
 Reachability = Literal["public", "private"]
@@ -95,11 +96,15 @@ class DaemonSettings:
     """Environment variables added to the sidecar's own, e.g. GOMAXPROCS."""
     extra_args: tuple[str, ...] = ()
     """Appended to the command line as they are."""
+    control_file: Path | None = None
+    """The control socket, when it is not to lie in ``run_dir``."""
+    ends_with_parent: bool = True
+    """End when standard input ends, so that p2pd never outlives who started it. A stock one can't."""
 
     @property
     def control_path(self) -> Path:
         """The control socket."""
-        return self.run_dir / "p2pd.sock"
+        return self.control_file or self.run_dir / "p2pd.sock"
 
     @property
     def record_path(self) -> Path:
@@ -177,6 +182,29 @@ async def _run_briefly(binary: Path, flag: str, remedy: str) -> str:
     return bytes(done.stdout or b"").decode(errors="replace")[:_MAX_HELP_CHARS]
 
 
+def write_note(control: Path, features: frozenset[str], version: str | None) -> None:
+    """Leave beside the control socket what the p2pd behind it can do, for whoever attaches to it. Raises OSError."""
+    note = json.dumps({"features": sorted(features), "version": version})
+    path = _note_path(control)
+    path.with_name(f"{path.name}.new").write_text(note)
+    path.with_name(f"{path.name}.new").replace(path)
+
+
+def read_note(control: Path) -> tuple[frozenset[str], str | None]:
+    """What ``write_note`` left; nothing known, as of somebody else's p2pd, when there is none or it is no such note."""
+    try:
+        with _note_path(control).open("rb") as file:
+            note = json.loads(file.read(_MAX_NOTE_BYTES))
+        version = note["version"]
+        return frozenset(map(str, note["features"])), None if version is None else str(version)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return frozenset(), None
+
+
+def _note_path(control: Path) -> Path:
+    return control.with_name(f"{control.name}.json")
+
+
 def is_stock(features: frozenset[str]) -> bool:
     """True for a p2pd that is not Lloom's own build."""
     return FEATURE_STDIN_EOF not in features
@@ -204,7 +232,7 @@ def build_argv(settings: DaemonSettings, features: frozenset[str]) -> list[str]:
             args.add("f", os.fspath(settings.stock_config_path))
     else:
         args.add("holePunch", "true" if settings.hole_punch else None)
-        args.add(FEATURE_STDIN_EOF, "true")
+        args.add(FEATURE_STDIN_EOF, "true" if settings.ends_with_parent else None)
     return [os.fspath(settings.binary), *args.built, *settings.extra_args]
 
 

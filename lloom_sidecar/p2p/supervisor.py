@@ -7,6 +7,7 @@ import random
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -25,6 +26,7 @@ from lloom_sidecar.p2p.launch import (
     is_stock,
     probe_features,
     probe_version,
+    read_note,
 )
 from lloom_sidecar.p2p.leftover import end_leftover, remove_record, write_record
 from lloom_sidecar.p2p.output import OutputTail
@@ -343,6 +345,8 @@ class AttachedDaemon:
         self._first_answer_s = first_answer_s
         self._daemon: Daemon | None = None
         self._identity: Identity | None = None
+        self._features: frozenset[str] = frozenset()
+        self._version: str | None = None
         self._has_been_up = False
         self._missing_in_row = 0
         self._reconnects = -1
@@ -365,18 +369,18 @@ class AttachedDaemon:
 
     @property
     def features(self) -> frozenset[str]:
-        """Always empty: the control protocol does not tell the flags of a running daemon."""
-        return frozenset()
+        """Its flags, when ``lloom-sidecar p2pd`` started it and said so beside its socket; else empty."""
+        return self._features
 
     @property
     def is_stock(self) -> bool:
-        """True: an unknown daemon is trusted with a stock one's limits only."""
-        return True
+        """True for an unknown daemon too: it is trusted with a stock one's limits only."""
+        return is_stock(self._features)
 
     @property
     def version(self) -> str | None:
-        """None: the control protocol does not tell."""
-        return None
+        """Its version, when it is known as ``features`` are."""
+        return self._version
 
     @property
     def pid(self) -> int | None:
@@ -432,6 +436,9 @@ class AttachedDaemon:
             self._missing_in_row = self._missing_in_row + 1 if missing else 0
             if missing:
                 return f"it runs without {' and '.join(missing)}"
+            if self._control.unix_path is not None:
+                note = await trio.to_thread.run_sync(read_note, Path(self._control.unix_path))
+                self._features, self._version = note
             is_announced = True
             async with trio.open_nursery() as nursery:
 

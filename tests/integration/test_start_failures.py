@@ -63,6 +63,10 @@ def command(home: Path, *args: str) -> list[str]:
     ]
 
 
+def p2pd_command(home: Path, *args: str) -> list[str]:
+    return [sys.executable, "-m", "lloom_sidecar.cli.sidecar", "p2pd", "--home", str(home), "--role", "client", *args]
+
+
 CLIENT = ("--role", "client", "--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0")
 
 
@@ -406,6 +410,41 @@ def test_attached_to_a_p2pd_of_somebody_elses() -> None:
             assert daemon.process.poll() is None, "it was not this node's to end"
         finally:
             daemon.kill()
+
+
+def test_attached_to_the_p2pd_that_lloom_sidecar_p2pd_became() -> None:
+    """Two containers: one command line, two programs; the node knows what its p2pd can do."""
+    with Network(validators=1, executors=1, clients=0) as network, tempfile.TemporaryDirectory(prefix="lla-") as folder:
+        control = f"/unix{folder}/p2pd.sock"
+        client = network.add("client", "--p2pd-control", control, start=False)
+        listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
+        argv = p2pd_command(client.home, "--p2pd-control", control, "--listen", listen)
+        init_home(client.home)
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL) as process:
+            try:
+                client.start()
+                network.wait_known(client, timeout_s=30)
+                p2pd = client.status()["p2pd"]
+                assert p2pd["mode"] == "attached"
+                assert "mdns" in p2pd["features"]
+                assert client.chat("chunks=2").status_code == 200
+            finally:
+                client.stop()
+                process.terminate()
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        ((), 2, "--p2pd-control says where"),
+        (("--p2pd-control", "/unix/there/is/no/p2pd.sock"), 1, "p2pd cannot be started"),
+    ],
+)
+def test_p2pd_that_cannot_be_started(home: Path, flags: tuple[str, ...], code: int, says: str) -> None:
+    ended = subprocess.run(p2pd_command(home, *flags), capture_output=True, text=True, timeout=START_S, check=False)
+    assert ended.returncode == code
+    assert says in ended.stderr
 
 
 def served(client: Node) -> bool:

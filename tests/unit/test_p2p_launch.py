@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from lloom_sidecar.errors import ConfigError, StartError
 from lloom_sidecar.ids import Multiaddr, PeerId
-from lloom_sidecar.p2p.launch import DaemonSettings, build_argv, is_stock, probe_features, probe_version
+from lloom_sidecar.p2p.launch import (
+    FEATURE_STDIN_EOF,
+    DaemonSettings,
+    build_argv,
+    is_stock,
+    probe_features,
+    probe_version,
+    read_note,
+    write_note,
+)
 from lloom_sidecar.p2p.leftover import end_leftover, remove_record, start_time, write_record
 from lloom_sidecar.p2p.output import MAX_LINE_CHARS, MAX_LINES, MAX_LOG_BYTES, OutputTail
 
@@ -305,3 +315,21 @@ class TestLeftover:
         (tmp_path / "p2pd.json").write_text(json.dumps({"pid": 2**22 + 1, "start_time_ticks": 1}))
         assert await end_leftover(tmp_path / "p2pd.json", tmp_path / "p2pd.sock", PEER) is None
         assert not (tmp_path / "p2pd.json").exists()
+
+
+class TestNote:
+    def test_whoever_attaches_reads_what_was_left(self, tmp_path: Path) -> None:
+        write_note(tmp_path / "p2pd.sock", frozenset({"mdns", FEATURE_STDIN_EOF}), "lloom-p2pd 1")
+        assert read_note(tmp_path / "p2pd.sock") == (frozenset({"mdns", FEATURE_STDIN_EOF}), "lloom-p2pd 1")
+
+    @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"features": 1, "version": null}', "[" * 100_000])
+    def test_somebody_elses_p2pd_is_taken_for_a_stock_one(self, tmp_path: Path, text: str | None) -> None:
+        if text is not None:
+            (tmp_path / "p2pd.sock.json").write_text(text)
+        assert read_note(tmp_path / "p2pd.sock") == (frozenset(), None)
+
+
+def test_a_p2pd_in_its_own_container_does_not_end_with_standard_input() -> None:
+    argv = build_argv(replace(settings(), control_file=Path("/run/lloom/p2pd.sock"), ends_with_parent=False), OURS)
+    assert "-listen=/unix/run/lloom/p2pd.sock" in argv
+    assert not any(FEATURE_STDIN_EOF in one for one in argv)
