@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         DisconnectInfo,
         EffectiveInfo,
         PingInfo,
+        PriceChange,
         ProvidedInfo,
         ProvidersInfo,
         QueriedModels,
@@ -231,6 +232,10 @@ class NodeClient:
     def ask_quote(self, peer: str, model: str) -> QuoteInfo:
         """A signed price."""
         return cast("QuoteInfo", self._post("/v1/models/quote", {"peer": peer, "model": model}))
+
+    def set_price(self, model: str, price: str) -> PriceChange:
+        """Let the executor ask another price for a model: ``PROMPT/COMPLETION CURRENCY`` or ``free``."""
+        return cast("PriceChange", self._post("/v1/executor/price", {"model": model, "price": price}))
 
     def examine(self) -> list[Finding]:
         """What it finds when it examines itself."""

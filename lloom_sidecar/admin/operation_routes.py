@@ -13,6 +13,7 @@
 | GET /v1/gossip/topics, /v1/gossip/peers?topic=T | ``{"topics": [operations.TopicInfo]}``, ``TopicInfo`` |
 | POST /v1/models/query ``{"peer"}`` | ``operations.QueriedModels`` |
 | POST /v1/models/quote ``{"peer", "model"}`` | ``operations.QuoteInfo`` |
+| POST /v1/executor/price ``{"model", "price": "15/60 EUR"}`` | ``operations.PriceChange`` |
 | POST /v1/doctor | ``{"findings": [doctor.Finding]}`` |
 
 A KEY is a service key such as /lloom/executor/1.0.0, or a CID; a record's key is /pk/PEER or /ipns/NAME.
@@ -87,6 +88,7 @@ class Fields:
 
 
 _PEER: Final = "a peer id such as 12D3KooW..."
+_MODEL: Final = "a model's id"
 _KEY: Final = "a service key such as /lloom/executor/1.0.0, or a CID"
 _RECORD_KEY: Final = "/pk/PEER or /ipns/NAME"
 
@@ -106,6 +108,9 @@ def operation_routes(node: Operations) -> list[Route]:
         key = fields.optional_text("key", _RECORD_KEY)
         value = b"" if key is None else fields.record()
         return await node.put_record(key, value, timeout_s=fields.timeout_s())
+
+    async def price(fields: Fields) -> Any:
+        return node.set_price(fields.text("model", _MODEL), fields.text("price", "such as 15/60 EUR, or free"))
 
     async def bootstrap(request: Request) -> Response:
         return JSONResponse(node.bootstrap())
@@ -137,7 +142,8 @@ def operation_routes(node: Operations) -> list[Route]:
         "/v1/dht/get": lambda f: node.get_record(f.text("key", _RECORD_KEY), timeout_s=f.timeout_s()),
         "/v1/dht/put": put,
         "/v1/models/query": lambda f: node.query_models(f.text("peer", _PEER)),
-        "/v1/models/quote": lambda f: node.ask_quote(f.text("peer", _PEER), f.text("model", "a model's id")),
+        "/v1/models/quote": lambda f: node.ask_quote(f.text("peer", _PEER), f.text("model", _MODEL)),
+        "/v1/executor/price": price,
     }
     return [
         *(Route(path, _endpoint(action), methods=["POST"]) for path, action in actions.items()),

@@ -172,6 +172,15 @@ class QuoteInfo(TypedDict):
     """Hex: the executor's signed promise."""
 
 
+class PriceChange(TypedDict):
+    """What this executor asks for a model."""
+
+    model: str
+    price: PriceInfo
+    """From now on."""
+    before: PriceInfo
+
+
 class Operations(Protocol):
     """What the admin API needs of a node besides ``view.NodeView``.
 
@@ -226,6 +235,9 @@ class Operations(Protocol):
 
     async def ask_quote(self, peer: str, model: str) -> QuoteInfo:
         """Ask an executor for a signed price."""
+
+    def set_price(self, model: str, price: str) -> PriceChange:
+        """Let this executor ask another price for a model, until it ends: ``PROMPT/COMPLETION CURRENCY`` or free."""
 
     async def examine(self) -> list[Finding]:
         """Every check of ``doctor`` that a running node can make itself."""

@@ -1,4 +1,4 @@
-"""``lloomctl executor``: the executors that a node knows, and draining this one."""
+"""``lloomctl executor``: the executors that a node knows; this one's prices, and draining it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = (
 
 @click.group("executor", cls=NounGroup)
 def executor() -> None:
-    """Look at executors, and drain this one."""
+    """Look at executors, set this one's prices, drain it."""
 
 
 @executor.command("list", epilog=example("lloomctl executor list"))
@@ -103,6 +103,38 @@ def show_executor(target: Target, which: str, as_json: bool) -> None:
     click.echo()
     output.print_table(
         offers_by("MODEL"), [offer_row(model, offer) for model, offer in offers], empty="it offers no model"
+    )
+
+
+@executor.command(
+    "price",
+    epilog=example("lloomctl executor price smollm2:135m 15/60 EUR", "lloomctl executor price smollm2:135m free"),
+)
+@click.argument("model_id", metavar="MODEL")
+@click.argument("words", metavar="PROMPT/COMPLETION CURRENCY | free", nargs=-1, required=True)
+@json_option
+@pass_target
+def set_price(target: Target, model_id: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Let this executor ask another price for MODEL.
+
+    In minor units (cents) per million prompt and completion tokens. It is announced at once and holds until the node
+    ends, whose settings come back then. Requests that run and quotes that were given keep their price.
+    """
+    from lloom_sidecar.cli.ctl_model import price
+
+    with target.client() as client:
+        done = client.set_price(model_id, " ".join(words))
+    if as_json:
+        output.print_json(done)
+        return
+    if done["price"] == done["before"]:
+        output.say(f"{output.printable(done['model'])} costs {price(done['price'])} as before")
+        return
+    output.say(
+        f"{output.printable(done['model'])} costs {price(done['price'])} from now on, before {price(done['before'])}"
+    )
+    output.say(
+        "until the node ends: --price-prompt, --price-completion and --price-currency set the price of every model"
     )
 
 

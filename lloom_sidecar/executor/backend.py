@@ -19,8 +19,8 @@ from lloom_sidecar.protocol.offers import ModelOffer
 
 from .body import BackendCall
 
-PROBE_INTERVAL_S: Final = 5.0
-PROBE_INTERVAL_DOWN_S: Final = 1.0
+PROBE_INTERVAL_S: Final = 1.0
+"""A model that the backend lists no more must be known to the network within 2 s. A probe takes about a millisecond."""
 PROBE_TIMEOUT_S: Final = 5.0
 PROBE_FAILURES_TO_DOWN: Final = 2
 """A refused connection is down at once; a slow answer may be load, so two in a row."""
@@ -85,6 +85,7 @@ class Backend:
         self._real_ids: dict[str, str] = {}
         self._probe_now = trio.Event()
         self._failures = 0
+        self._lacks_properties = False
 
     @property
     def is_up(self) -> bool:
@@ -106,7 +107,7 @@ class Backend:
             await self.probe()
             task_status.started()
             while True:
-                with trio.move_on_after(PROBE_INTERVAL_S if self.state.is_up else PROBE_INTERVAL_DOWN_S):
+                with trio.move_on_after(PROBE_INTERVAL_S):
                     await self._probe_now.wait()
                 self._probe_now = trio.Event()
                 await self.probe()
@@ -150,6 +151,8 @@ class Backend:
         try:
             async with self._client.request("POST", call.path, self._headers, call.body) as response:
                 if response.status != 200:
+                    if response.status == 404:
+                        self.suspect()  # so do servers answer for a model that they do not have any more
                     try:
                         body = await response.read(MAX_ERROR_BYTES)
                     except BodyTooLargeError:
@@ -179,13 +182,18 @@ class Backend:
             ) from exc
 
     async def _properties(self) -> dict[str, Any]:
-        """llama.cpp's ``/props``: real context and slots. Other servers do not have it."""
+        """llama.cpp's ``/props``: real context and slots. Other servers do not have it, and are asked once, not each
+        second, since they may log every such request."""
+        if self._lacks_properties and self.state.is_up:
+            return {}
         try:
             found = await self._get_json("/props")
         except HttpTimeoutError:
             raise
-        except (BackendUnavailableError, HttpClientError):
+        except (BackendUnavailableError, HttpClientError) as exc:
+            self._lacks_properties = isinstance(exc, BackendUnavailableError)
             return {}
+        self._lacks_properties = False
         return found if isinstance(found, dict) else {}
 
     def _read_state(self, listing: Any, properties: dict[str, Any]) -> BackendState:

@@ -58,7 +58,8 @@ class Executor:
         now_ms: Callable[[], int],
     ) -> None:
         """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
-        of our network (or this node is open); asked at OPEN and at every request.
+        of our network (or this node is open); asked at OPEN and at every request. ``price``: of every model that
+        ``set_price`` was not told of.
         """
         self.signer = signer
         self.backend = backend
@@ -73,6 +74,7 @@ class Executor:
         self.buffered_bytes = 0
         self.is_draining = False
         self.quotes = QuoteBook()
+        self._prices: dict[str, Price] = {}
         self._sessions: set[Session] = set()
         self._places: dict[Ticket, trio.Event] = {}
         self._allowance = limits.requests_per_s
@@ -97,13 +99,24 @@ class Executor:
     def offer(self, model: str) -> ModelOffer | None:
         """What is announced of one model, None when it is not served (now)."""
         found = self.backend.offer(model)
-        return None if found is None else replace(found, price=self.price)
+        return None if found is None else replace(found, price=self.price_of(model))
 
     def offers(self) -> tuple[ModelOffer, ...]:
         """Everything to announce; empty while the backend is down or this executor drains."""
         if self.is_draining or not self.backend.is_up:
             return ()
-        return tuple(replace(offer, price=self.price) for offer in self.backend.state.offers)
+        return tuple(replace(offer, price=self.price_of(offer.id)) for offer in self.backend.state.offers)
+
+    def price_of(self, model: str) -> Price:
+        """What ``model`` costs here now: ``price``, unless the model has one of its own."""
+        return self._prices.get(model, self.price)
+
+    def set_price(self, model: str, price: Price) -> None:
+        """Ask ``price`` for ``model`` from now on. Requests under way and quotes keep theirs. Raises LookupError for a
+        model that the backend does not serve."""
+        if self.backend.offer(model) is None:
+            raise LookupError(model)
+        self._prices[model] = price
 
     @property
     def working(self) -> int:

@@ -14,6 +14,7 @@ import trio
 from lloom_sidecar.errors import DaemonError, LloomError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
+from lloom_sidecar.peers.rate import TokenBucket
 from lloom_sidecar.protocol.announcement import (
     MAX_TTL_S,
     announcement_interval_s,
@@ -31,6 +32,10 @@ the 15 min within which clocks are compared."""
 TOPIC_POLL_S: Final = 1.0
 MIN_REPEAT_S: Final = 1.0
 """Shortest time between two full announcements that newly seen topic peers cause."""
+MAX_PER_S: Final = 1.0
+"""Announcements in the long run, and ``BURST`` at once: changes that come faster are told together. Well under what
+receivers allow one author (node.control_plane.MAX_ANNOUNCEMENTS_PER_S), who ban for more."""
+BURST: Final = 5.0
 REMOVAL_TIMEOUT_S: Final = 1.0
 REMOVAL_LINGER_S: Final = 0.2
 """p2pd hands a message to its neighbours after it answered OK."""
@@ -95,10 +100,13 @@ class Announcer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Announce until cancelled; then say that this executor leaves."""
         task_status.started()
+        pace = TokenBucket(rate_per_s=MAX_PER_S, burst=BURST, now=trio.current_time())
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_topic)
                 while True:
+                    await trio.sleep(pace.wait_s(trio.current_time()))
+                    pace.take(trio.current_time())
                     interval_s = announcement_interval_s(self._executors_seen(), self._rng.random())
                     await self._announce(interval_s)
                     with trio.move_on_after(interval_s):

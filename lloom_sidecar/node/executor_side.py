@@ -24,7 +24,7 @@ from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.names import SERVICE_EXECUTOR, agent_version, service_model
 from lloom_sidecar.protocol.network_key import NetworkKey
-from lloom_sidecar.protocol.offers import Load
+from lloom_sidecar.protocol.offers import Load, Price
 
 from .receipts import now_ms
 
@@ -138,6 +138,15 @@ class ExecutorSide:
         self._announcing.cancel()
         with trio.move_on_after(WITHDRAW_TIMEOUT_S):
             await self._withdrawn.wait()
+
+    def set_price(self, model: str, price: Price) -> Price:
+        """Ask ``price`` for ``model`` and announce that; returns what it was before. Raises LookupError when the
+        backend does not serve the model."""
+        before = self.executor.price_of(model)
+        self.executor.set_price(model, price)
+        if price != before:
+            self.announcer.changed()
+        return before
 
     def service_keys(self) -> list[str]:
         """What this node is a provider of now: nothing while its backend is down."""

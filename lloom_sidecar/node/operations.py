@@ -19,6 +19,7 @@ from lloom_sidecar.admin.operations import (
     DisconnectInfo,
     EffectiveInfo,
     PingInfo,
+    PriceChange,
     ProvidedInfo,
     ProvidersInfo,
     QueriedModels,
@@ -26,6 +27,7 @@ from lloom_sidecar.admin.operations import (
     RecordInfo,
     TopicInfo,
 )
+from lloom_sidecar.admin.view import PriceInfo
 from lloom_sidecar.config import BOOTSTRAP_FILE_NAME, parse_bootstrap, read_bootstrap_file
 from lloom_sidecar.errors import ConfigError, DaemonError, PeerUnreachableError, RequestError
 from lloom_sidecar.ids import Multiaddr, PeerId, check_model_id
@@ -34,6 +36,7 @@ from lloom_sidecar.network.dht_peer import ask_providers
 from lloom_sidecar.network.discovery import REPROVIDE_S
 from lloom_sidecar.p2p.daemon import PeerAddrs
 from lloom_sidecar.protocol.names import TOPIC_EXECUTORS, TOPIC_NETWORK
+from lloom_sidecar.protocol.offers import Price
 
 from .bootstrap_file import add_line, remove_lines
 from .daemon import is_stock, max_streams
@@ -301,15 +304,26 @@ class NodeOperations:
         return QuoteInfo(
             peer=str(found),
             model=quote.model,
-            price={
-                "prompt_per_million": quote.price.prompt_per_million,
-                "completion_per_million": quote.price.completion_per_million,
-                "currency": quote.price.currency,
-            },
+            price=price_info(quote.price),
             quote_id=quote.quote_id.hex(),
             valid_s=round((quote.valid_until_ms - now_ms()) / 1000, 1),
             envelope=quote.envelope.hex(),
         )
+
+    def set_price(self, model: str, price: str) -> PriceChange:
+        """Let this executor ask another price for a model, until it ends."""
+        serving = self._node.serving
+        if serving is None:
+            raise RequestError("this node is no executor: it has no prices")
+        parsed = Price.parse(price)
+        try:
+            before = serving.set_price(check_model_id(model), parsed)
+        except LookupError as exc:
+            served = ", ".join(offer.id for offer in serving.executor.offers()) or "nothing now"
+            raise RequestError(
+                f"the backend does not serve {model}; it serves {served}", code="not_found", http_status=404
+            ) from exc
+        return PriceChange(model=model, price=price_info(parsed), before=price_info(before))
 
     # ------------------------------------------------------------ doctor
     async def examine(self) -> list[Finding]:
@@ -321,6 +335,15 @@ class NodeOperations:
         if peer == self._node.me:
             raise ValueError("that is this node itself: name another peer")
         return peer
+
+
+def price_info(price: Price) -> PriceInfo:
+    """A price as the admin API shows it."""
+    return PriceInfo(
+        prompt_per_million=price.prompt_per_million,
+        completion_per_million=price.completion_per_million,
+        currency=price.currency,
+    )
 
 
 def _merged(peers: Iterable[DhtPeer]) -> list[DhtPeer]:

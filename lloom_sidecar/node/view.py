@@ -30,7 +30,7 @@ from lloom_sidecar.peers.executors import ExecutorView, LeaseState
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 from .daemon import find_p2pd
-from .operations import NodeOperations
+from .operations import NodeOperations, price_info
 
 if TYPE_CHECKING:
     from .node import Node
@@ -212,11 +212,7 @@ class View:
             slots=offer.slots,
             in_flight=load.in_flight,
             queued=load.queued,
-            price={
-                "prompt_per_million": offer.price.prompt_per_million,
-                "completion_per_million": offer.price.completion_per_million,
-                "currency": offer.price.currency,
-            },
+            price=price_info(offer.price),
             features=sorted(offer.features),
             ttft_ms=round(ttft_s * 1000, 1) if ttft_s else None,
             tokens_per_s=round(load.tokens_per_s, 1) or None,
@@ -320,11 +316,7 @@ def network_status_info(heard: Heard, now: float) -> NetworkStatusInfo:
                 "id": model.id,
                 "executors": model.executors,
                 "slots": model.slots,
-                "median_price": {
-                    "prompt_per_million": model.median_price.prompt_per_million,
-                    "completion_per_million": model.median_price.completion_per_million,
-                    "currency": model.median_price.currency,
-                },
+                "median_price": price_info(model.median_price),
             }
             for model in status.models
         ],

@@ -107,6 +107,50 @@ def test_models_and_executors(network: Network) -> None:
     assert quote["valid_s"] > 60
 
 
+def offers(node: Node) -> dict[str, Any]:
+    """Each model that the node sees, with its first offer's price."""
+    return {one["id"]: one["executors"][0]["price"] for one in ctl(node, "model", "list")["models"]}
+
+
+def test_a_new_price_is_announced_kept_and_asked_for(network: Network) -> None:
+    client, executor = network.client, network.executors[0]
+    paid = {"prompt_per_million": 15, "completion_per_million": 60, "currency": "EUR"}
+    free = {"prompt_per_million": 0, "completion_per_million": 0, "currency": ""}
+    done = executor.ctl("executor", "price", "scripted", "15/60", "EUR", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"model": "scripted", "price": paid, "before": free}
+    try:
+        for node in (client, network.validators[0]):
+            wait_until(lambda node=node: offers(node) == {"scripted": paid}, f"{node.name} to know the price")  # type: ignore[misc]
+        assert ctl(client, "model", "quote", executor.peer, "scripted")["price"] == paid
+        assert client.chat("chunks=1", model="scripted").status_code == 200
+        refused = client.post(
+            "/v1/chat/completions",
+            {"model": "scripted", "messages": [{"role": "user", "content": "chunks=1"}]},
+            headers={"x-lloom-max-price": "1/1 EUR"},
+        )
+        assert refused.status_code == 402, refused.text
+    finally:
+        ctl(executor, "executor", "price", "scripted", "free")
+    wait_until(lambda: offers(client) == {"scripted": free}, "the client to know that it is free again")
+    assert "the backend does not serve nothing; it serves scripted" in ctl(
+        executor, "executor", "price", "nothing", "free", code=1
+    )
+    assert "no executor" in ctl(client, "executor", "price", "scripted", "free", code=1)
+
+
+def test_a_model_that_the_backend_lists_no_more_is_gone(network: Network) -> None:
+    client, backend = network.client, network.backends[0]
+    backend.set_models(["scripted", "second"])
+    wait_until(lambda: set(offers(client)) == {"scripted", "second"}, "the second model to be known")
+    assert client.chat("chunks=1", model="second").status_code == 200
+    backend.set_models(["scripted"])
+    wait_until(lambda: set(offers(client)) == {"scripted"}, "the second model to be gone")
+    # Seen within a day: absent for now, not unknown.
+    assert client.chat("chunks=1", model="second").status_code == 503
+    assert client.chat("chunks=1").status_code == 200
+
+
 # ---------------------------------------------------------------- DHT
 def test_the_dht(network: Network) -> None:
     client, executor, validator = network.client, network.executors[0], network.validators[0]

@@ -25,6 +25,7 @@ from lloom_sidecar.admin.operations import (
     EffectiveInfo,
     Operations,
     PingInfo,
+    PriceChange,
     ProvidedInfo,
     ProvidersInfo,
     QueriedModels,
@@ -47,6 +48,7 @@ from lloom_sidecar.errors import PeerUnreachableError, RequestError
 from lloom_sidecar.http.asgi import asgi_handler
 from lloom_sidecar.http.listeners import open_unix_listener
 from lloom_sidecar.http.server import serve
+from lloom_sidecar.protocol.offers import Price
 
 PEER = "12D3KooWPzmtXC6iEAcbKV56WtQfWX2pcKhGDhxJQxG9aREpCEoU"
 OTHER = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -191,6 +193,21 @@ class FakeOperations:
             quote_id="ab" * 16,
             valid_s=600.0,
             envelope="cd",
+        )
+
+    def set_price(self, model: str, price: str) -> PriceChange:
+        self.asked.append(("price", model, price))
+        if model == "m9":
+            raise RequestError("the backend does not serve m9; it serves m1", code="not_found", http_status=404)
+        parsed = Price.parse(price)
+        return PriceChange(
+            model=model,
+            price={
+                "prompt_per_million": parsed.prompt_per_million,
+                "completion_per_million": parsed.completion_per_million,
+                "currency": parsed.currency,
+            },
+            before={"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
         )
 
     async def examine(self) -> list[Finding]:

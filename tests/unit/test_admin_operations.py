@@ -48,6 +48,7 @@ def test_every_operation_reaches_the_node(client: NodeClient, fake: FakeOperatio
     assert client.topic_peers("a/b&c")["topic"] == "a/b&c"
     assert client.query_models(OTHER)["load"]["in_flight"] == 1
     assert client.ask_quote(OTHER, "m")["valid_s"] == 600
+    assert client.set_price("m1", "15/60 EUR")["price"]["prompt_per_million"] == 15
     assert client.p2pd_effective() == fake.p2pd_effective()
     assert client.examine() == fake.findings
     assert fake.asked == [
@@ -67,6 +68,7 @@ def test_every_operation_reaches_the_node(client: NodeClient, fake: FakeOperatio
         ("topic_peers", "a/b&c"),
         ("query", OTHER),
         ("quote", OTHER, "m"),
+        ("price", "m1", "15/60 EUR"),
         ("examine",),
     ]
 
@@ -77,6 +79,8 @@ def test_what_the_operator_got_wrong_is_400_and_a_sentence(client: NodeClient) -
     assert (caught.value.code, caught.value.http_status) == ("invalid_request", 400)
     with pytest.raises(NodeRefusedError, match="not a multiaddr"):
         client.bootstrap_add("x")
+    with pytest.raises(NodeRefusedError, match="'15 EUR' is not a price such as 15/60 EUR"):
+        client.set_price("m1", "15 EUR")
     with pytest.raises(NodeRefusedError, match="does not know it") as caught:
         client.find_peer(OTHER[:-3] + "bad", timeout_s=1)
     assert caught.value.http_status == 404
@@ -96,6 +100,8 @@ def test_what_the_operator_got_wrong_is_400_and_a_sentence(client: NodeClient) -
         ("POST", "/v1/dht/put", {"key": "/k"}, 'the body lacks "value"'),
         ("POST", "/v1/dht/put", {"key": "/k", "value": "?"}, '"value" is not base64'),
         ("POST", "/v1/dht/put", {"key": "/k", "value": "QUFB" * 12_000}, "a record has at most 32768 bytes"),
+        ("POST", "/v1/executor/price", {"price": "free"}, 'the body lacks "model"'),
+        ("POST", "/v1/executor/price", {"model": "m1"}, 'the body lacks "price": such as 15/60 EUR, or free'),
         ("GET", "/v1/gossip/peers", None, "the query lacks topic=TOPIC"),
         ("GET", "/v1/doctor", None, "method not allowed"),
     ],

@@ -179,6 +179,22 @@ def test_bootstrap_add_and_rm(node: Served, fake: FakeOperations) -> None:
     assert (done.exit_code, done.stderr) == (1, "error: not a multiaddr: 'x'\n")
 
 
+def test_executor_price(node: Served, fake: FakeOperations) -> None:
+    done = run(node.home, "executor", "price", "m1", "15/60", "EUR")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr.splitlines()[0] == "m1 costs 15/60 EUR from now on, before 10/30 EUR"
+    assert "until the node ends" in done.stderr
+    assert run(node.home, "executor", "price", "m1", "10/30 EUR").stderr == "m1 costs 10/30 EUR as before\n"
+    shown = json.loads(run(node.home, "executor", "price", "m1", "free", "--json").stdout)
+    assert (shown["model"], shown["price"]["currency"], shown["before"]["currency"]) == ("m1", "", "EUR")
+    assert fake.asked == [("price", "m1", "15/60 EUR"), ("price", "m1", "10/30 EUR"), ("price", "m1", "free")]
+    done = run(node.home, "executor", "price", "m1", "15", "EUR")
+    assert (done.exit_code, "is not a price such as 15/60 EUR" in done.stderr) == (1, True)
+    done = run(node.home, "executor", "price", "m9", "free")
+    assert (done.exit_code, done.stderr) == (1, "error: the backend does not serve m9; it serves m1\n")
+    assert run(node.home, "executor", "price", "m1").exit_code == 2
+
+
 # --- DHT
 
 

@@ -18,7 +18,6 @@ from lloom_sidecar.executor.backend import (
     DEFAULT_SLOTS,
     MAX_ERROR_BYTES,
     MAX_MODELS,
-    PROBE_INTERVAL_DOWN_S,
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
     Backend,
@@ -180,13 +179,41 @@ class TestProbing:
             server.answers["/v1/models"] = 500, b""
             await trio.sleep(PROBE_INTERVAL_S + 1)
             server.answers["/v1/models"] = models("n")
-            await trio.sleep(PROBE_INTERVAL_DOWN_S + 0.1)
+            await trio.sleep(PROBE_INTERVAL_S + 0.1)
         assert [(s.is_up, [o.id for o in s.offers]) for s in b.states] == [
             (True, ["m"]),
             (True, ["n"]),
             (False, ["n"]),
             (True, ["n"]),
         ]
+
+    async def test_properties_that_a_server_lacks_are_asked_for_once(
+        self, server: Server, autojump_clock: MockClock
+    ) -> None:
+        async with server.running(), Bench(server).running() as backend:
+            await trio.sleep(5.5 * PROBE_INTERVAL_S)
+            paths = [path for path, _ in server.requests]
+            assert (paths.count("/props"), paths.count("/v1/models")) == (1, 6)
+            # After it was away it may be another server.
+            server.answers["/v1/models"] = 500, b""
+            await trio.sleep(PROBE_INTERVAL_S)
+            server.answers["/v1/models"] = models("m")
+            server.answers["/props"] = 200, {"total_slots": 3}
+            await trio.sleep(3 * PROBE_INTERVAL_S)
+            assert backend.state.slots == 3
+            assert [path for path, _ in server.requests].count("/props") > 2
+
+    async def test_a_call_for_a_model_that_is_gone_is_looked_into(
+        self, server: Server, autojump_clock: MockClock
+    ) -> None:
+        b = Bench(server)
+        async with server.running(), b.running() as backend:
+            server.answers["/v1/models"] = models("n")
+            with pytest.raises(BackendRejectedError):
+                async with backend.call(CALL):
+                    pass
+            await trio.sleep(0.1)
+            assert [offer.id for offer in backend.state.offers] == ["n"]
 
     async def test_one_slow_probe_is_forgiven_two_are_not(self, server: Server, autojump_clock: MockClock) -> None:
         b = Bench(server)
@@ -249,7 +276,7 @@ class TestCalls:
         b = Bench(server)
         async with b.running() as backend:
             async with server.running():
-                await trio.sleep(PROBE_INTERVAL_DOWN_S + 0.1)
+                await trio.sleep(PROBE_INTERVAL_S + 0.1)
                 assert backend.is_up
             with pytest.raises(BackendUnavailableError):
                 async with backend.call(CALL):

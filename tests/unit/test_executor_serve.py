@@ -862,6 +862,12 @@ def test_offers_carry_the_price_and_vanish_with_the_backend() -> None:
             assert offer is not None
             assert offer.price == Price(1, 2, "EUR")
             assert b.executor.offer("x") is None
+            b.executor.set_price("m", Price(9, 9, "EUR"))
+            offer = b.executor.offer("m")
+            assert offer is not None
+            assert [offer.price, *(one.price for one in b.executor.offers())] == [Price(9, 9, "EUR")] * 2
+            with pytest.raises(LookupError):
+                b.executor.set_price("x", Price())
             b.backend.state = type(b.backend.state)(False)
             assert b.executor.offers() == ()
 

@@ -14,8 +14,10 @@ from trio.testing import MockClock
 
 from lloom_sidecar.errors import DaemonUnavailableError, LloomError
 from lloom_sidecar.ids import Multiaddr
-from lloom_sidecar.network.announcer import FULL_EVERY_S, REMOVAL_TIMEOUT_S, Announcer, Offer
+from lloom_sidecar.network.announcer import BURST, FULL_EVERY_S, MAX_PER_S, REMOVAL_TIMEOUT_S, Announcer, Offer
+from lloom_sidecar.node.control_plane import ANNOUNCEMENT_BURST, MAX_ANNOUNCEMENTS_PER_S
 from lloom_sidecar.p2p.daemon import Daemon, Subscription
+from lloom_sidecar.peers.rate import RateLimiter
 from lloom_sidecar.protocol.announcement import open_announcement
 from lloom_sidecar.protocol.names import TOPIC_EXECUTORS
 from lloom_sidecar.protocol.network_key import NetworkKey
@@ -146,6 +148,25 @@ async def test_a_change_is_told_at_once(autojump_clock: MockClock, b: Bench, wha
     assert update.kind == Kind.UPDATE
     assert (update.models, update.addrs) == (b.models, b.addrs)
     assert b.announcer.current == update.raw
+
+
+async def test_many_changes_are_told_together_and_the_last_one_is(autojump_clock: MockClock, b: Bench) -> None:
+    await b.nursery.start(b.announcer.run)
+    await trio.sleep(4)
+    count, began_at = len(b.heard), trio.current_time()
+    for number in range(40):
+        b.models = (ModelOffer("m", slots=number + 1),)
+        b.announcer.changed()
+        await trio.sleep(0.05)
+    await trio.sleep(1.1)
+    told = b.heard[count:]
+    took_s = trio.current_time() - began_at
+    assert [one.models for _, one in told if one.is_full][-1] == b.models
+    assert BURST - 1 <= len(told) <= BURST + MAX_PER_S * took_s
+    assert told[0][0] - began_at < 0.01
+    # No receiver takes them for a flood.
+    rates: RateLimiter[int] = RateLimiter(rate_per_s=MAX_ANNOUNCEMENTS_PER_S, burst=ANNOUNCEMENT_BURST, max_keys=1)
+    assert all(rates.take(0, at) for at, _ in b.heard)
 
 
 async def test_a_full_one_every_ten_minutes(autojump_clock: MockClock, b: Bench) -> None:
