@@ -45,7 +45,8 @@ from .openai import (
     model_object,
     read_body,
 )
-from .router import Route, Router
+from .route import Route
+from .router import Router
 
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
@@ -207,7 +208,7 @@ class OpenAiApi:
                 code,
                 seconds,
                 first_s,
-                len(route.attempts) + (code == "ok"),
+                route.asked,
             )
 
     async def _serve(
@@ -228,7 +229,7 @@ class OpenAiApi:
             model=asked.model,
             body=body,
             deadline_ms=round(settings.deadline_s * 1000),
-            idempotency_key=(request.header("idempotency-key") or "").encode()[:128],
+            idempotency_key=(request.header("idempotency-key") or "").encode()[:128] or request_id,
             traceparent=_traceparent(request),
             max_cost=_max_cost(request),
         )
@@ -264,12 +265,12 @@ class OpenAiApi:
         while (data := await exchange.receive()) is not None:
             ready = tail.feed(data)
             if ready:
-                if not route.is_committed:
-                    route.is_committed = True
+                if not response.started:
+                    route.commit(exchange)
                     await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
                 await response.write(ready)
-        if not route.is_committed:
-            route.is_committed = True
+        if not response.started:
+            route.commit(exchange)
             await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
         await response.finish(tail.release())
 
@@ -283,7 +284,7 @@ class OpenAiApi:
                 raise RequestError(
                     "the answer is larger than 64 MiB: ask for it as a stream", code="answer_too_large", http_status=502
                 )
-        route.is_committed = True
+        route.commit(exchange)
         await response.send(200, [_JSON, *_explain(route, exchange, call)], b"".join(pieces))
 
     async def _method_not_allowed(self, response: Response, allowed: str) -> None:
@@ -326,14 +327,14 @@ def _explain(route: Route, exchange: Exchange, call: Call) -> list[tuple[bytes, 
     return [
         (b"x-request-id", call.request_id.hex().encode()),
         (b"x-lloom-executor", str(exchange.peer).encode()),
-        (b"x-lloom-attempts", str(len(route.attempts) + 1).encode()),
+        (b"x-lloom-attempts", str(route.asked).encode()),
         (b"x-lloom-overhead-ms", f"{overhead_ms:.2f}".encode()),
     ]
 
 
 async def _send_error(response: Response, error: LloomError, route: Route | None = None) -> None:
     attempts = route.attempts if route is not None else []
-    headers = [_JSON, (b"x-lloom-attempts", str(len(attempts)).encode())]
+    headers = [_JSON, (b"x-lloom-attempts", str(route.asked if route is not None else 0).encode())]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
     if isinstance(error, DaemonUnavailableError | NoExecutorError) and error.retry_after_s is None:

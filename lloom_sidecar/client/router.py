@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final
 
-import structlog
 import trio
 
-from lloom_sidecar.errors import (
-    PASS_THROUGH_STATUSES,
-    DaemonUnavailableError,
-    LloomError,
-    NoExecutorError,
-    PeerBusyError,
-    PeerTimeoutError,
-    RefusedError,
-    RequestError,
-    UnknownModelError,
-)
-from lloom_sidecar.http.errors import HttpServerError
+from lloom_sidecar.errors import LloomError, NoExecutorError, UnknownModelError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.link.exchange import Call, Exchange, Receipt, open_exchange
+from lloom_sidecar.link.exchange import Call, open_exchange
 from lloom_sidecar.link.stream_pool import StreamPool
-from lloom_sidecar.peers.executors import ExecutorView
-from lloom_sidecar.peers.health import HealthBook, Outcome
+from lloom_sidecar.peers.health import HealthBook
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Choice, Filtered, Policy, Wanted, choose
 from lloom_sidecar.protocol.envelope import Signer
 
+from .attempt import Asker, ExchangeWith, RouterObserver, Use, blames_request
 from .market import HeldQuote
-from .openai import Attempt
+from .route import Route
 
 MAX_ATTEMPTS: Final = 8
 """Executors tried for one request."""
@@ -42,32 +30,6 @@ MAX_PAUSES: Final = 5
 MAX_PAUSE_S: Final = 5.0
 LOOK_UP_S: Final = 3.0
 """How long a request for a model that nobody offers waits for a look into the network."""
-
-log = structlog.get_logger("lloom.router")
-
-
-class RouterObserver(Protocol):
-    """What the node wants to know of requests; every method is quick and raises nothing."""
-
-    def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
-        """One executor failed, in the stage open, first_byte or answer."""
-
-    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
-        """An answer is complete and its receipt holds."""
-
-
-@dataclass(slots=True)
-class Route:
-    """What happened to one request so far."""
-
-    started_at: float
-    attempts: list[Attempt] = field(default_factory=list)
-    model: str = ""
-    executor: PeerId | None = None
-    """The one asked last."""
-    is_committed: bool = False
-    """True once the application got a byte: no other executor may take over."""
-    first_at: float | None = None
 
 
 class Router:
@@ -86,35 +48,37 @@ class Router:
         observer: RouterObserver,
         rng: random.Random,
         quote_of: Callable[[PeerId, str], HeldQuote | None] = lambda peer, model: None,
-        exchange_with: Callable[
-            [StreamPool, Signer, PeerId, Call], AbstractAsyncContextManager[Exchange]
-        ] = open_exchange,
+        exchange_with: ExchangeWith = open_exchange,
     ) -> None:
         """``look_up``: searches the network for a model within its own deadline. ``quote_of``: a promise that holds."""
-        self._pool = pool
-        self._signer = signer
         self._book = book
         self._health = health
         self._look_up = look_up
-        self._ensure_connected = ensure_connected
         self._catalogue_is_complete = catalogue_is_complete
-        self._observer = observer
         self._rng = rng
-        self._quote_of = quote_of
-        self._exchange_with = exchange_with
+        self._asker = Asker(
+            pool=pool,
+            signer=signer,
+            book=book,
+            health=health,
+            ensure_connected=ensure_connected,
+            observer=observer,
+            quote_of=quote_of,
+            exchange_with=exchange_with,
+        )
 
     async def run(
         self,
         call: Call,
         wanted: Wanted,
         policy: Policy,
-        use: Callable[[Route, Exchange], Awaitable[None]],
+        use: Use,
         route: Route,
     ) -> None:
         """Have ``call`` answered: ``use`` consumes the answer of the executor that gave one.
 
-        ``use`` sets ``route.is_committed`` before it gives the application its first byte; until then a failure moves
-        on to another executor. The caller sets the deadline of the whole.
+        ``use`` calls ``route.commit`` before it gives the application its first byte; until then a failure moves on to
+        another executor. The caller sets the deadline of the whole.
 
         Raises:
             UnknownModelError, NoExecutorError, PriceError: nobody to ask.
@@ -139,7 +103,10 @@ class Router:
                 continue
             view = choice.pick
             others = [one for one in choice.considered if one.filtered is None and one.view is not view]
-            error = await self._attempt(view, call, use, route, has_others=bool(others))
+            budget_s = math.inf
+            if others:  # without an alternative, waiting on is better than giving up
+                budget_s = self._health.first_byte_budget_s(call.model, attempt=len(route.attempts) + 1)
+            error = await self._asker.ask(view, call, use, route, budget_s=budget_s)
             if error is None:
                 return
             if route.is_committed or not _moves_on(error):
@@ -147,77 +114,6 @@ class Router:
             excluded |= {view.peer}
         assert error is not None
         raise error
-
-    async def _attempt(
-        self,
-        view: ExecutorView,
-        call: Call,
-        use: Callable[[Route, Exchange], Awaitable[None]],
-        route: Route,
-        *,
-        has_others: bool,
-    ) -> LloomError | None:
-        """One executor. Returns why it failed, None when it answered.
-
-        What ``use`` raises counts as its failure, but for an application that left or asked for what cannot be served.
-        """
-        peer = view.peer
-        began_at = trio.current_time()
-        stage = "open"
-        route.executor = peer
-        ticket = self._health.begin(peer, call.model, began_at, prior_s=self._health.prior(view.load.ttft_s))
-        budget_s = float("inf")
-        if has_others:  # without an alternative, waiting on is better than giving up
-            budget_s = self._health.first_byte_budget_s(call.model, attempt=len(route.attempts) + 1)
-        failure: LloomError | None = None
-        receipt: Receipt | None = None
-        outcome = Outcome.CANCELLED  # the application left, or the request's deadline passed
-        try:
-            with trio.move_on_after(budget_s) as waiting:
-                await self._ensure_connected(peer)
-                stage = "first_byte"
-                priced = self._priced(call, view)
-                async with self._exchange_with(self._pool, self._signer, peer, priced) as exchange:
-                    waiting.deadline = float("inf")
-                    stage = "answer"
-                    route.first_at = trio.current_time()
-                    self._health.first_byte(ticket, route.first_at)
-                    await use(route, exchange)
-                    receipt = exchange.receipt
-            if waiting.cancelled_caught:
-                failure = PeerTimeoutError(
-                    f"{peer.short()} gave no first byte within {budget_s:.1f} s", code="first_byte_timeout"
-                )
-            outcome = Outcome.OK
-        except (DaemonUnavailableError, HttpServerError, RequestError):
-            raise  # p2pd is away, the application left, or its request cannot be served: no executor's fault
-        except LloomError as exc:
-            failure = exc
-            outcome = Outcome.OK
-        finally:
-            now = trio.current_time()
-            if outcome is Outcome.CANCELLED:
-                self._health.end(ticket, outcome, now)
-        if failure is None:
-            self._health.end(ticket, Outcome.OK, now)
-            self._book.mark_served(peer)
-            if receipt is not None:
-                assert route.first_at is not None
-                self._observer.answer_received(peer, call, receipt, route.first_at - began_at, now - began_at)
-            return None
-        self._health.end(ticket, _outcome_of(failure), now, retry_after_s=failure.retry_after_s)
-        if not isinstance(failure, RefusedError):
-            self._book.mark_failed(peer, now)
-        route.attempts.append(Attempt(str(peer), stage, failure.code, (now - began_at) * 1000, failure.message))
-        self._observer.attempt_failed(peer, call.model, failure, stage)
-        return failure
-
-    def _priced(self, call: Call, view: ExecutorView) -> Call:
-        """The call with what this executor may charge: its promise if it gave one, else what it announced."""
-        quote = self._quote_of(view.peer, call.model)
-        if quote is None:
-            return replace(call, max_price=view.offer.price)
-        return replace(call, max_price=quote.price, quote_id=quote.quote_id)
 
     def _choose(self, wanted: Wanted, policy: Policy) -> Choice:
         return choose(
@@ -260,20 +156,6 @@ class Router:
         return wait_s if wait_s is not None and wait_s <= MAX_PAUSE_S else None
 
 
-def _outcome_of(failure: LloomError) -> Outcome:
-    if _blames_request(failure):
-        return Outcome.OK  # the executor did its part
-    if isinstance(failure, PeerTimeoutError):
-        return Outcome.TIMEOUT
-    if isinstance(failure, PeerBusyError) or failure.http_status in (429, 503):
-        return Outcome.REFUSED
-    return Outcome.FAILED
-
-
-def _blames_request(failure: LloomError) -> bool:
-    return isinstance(failure, RefusedError) and failure.http_status in PASS_THROUGH_STATUSES
-
-
 def _moves_on(failure: LloomError) -> bool:
     """Whether another executor may do better."""
-    return not _blames_request(failure)
+    return not blames_request(failure)

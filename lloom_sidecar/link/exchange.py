@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -72,25 +73,44 @@ class Receipt:
     ack: bytes = field(repr=False)
 
 
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A REQUEST that went out, and what the executor has signed for it so far. It outlives the exchange, however that
+    ends: what is owed for it can be said of every one."""
+
+    peer: PeerId
+    exchange: int
+    """Number of the exchange on its stream."""
+    request: bytes = field(repr=False)
+    """Its envelope."""
+    salt: bytes = field(repr=False)
+    receipt: Receipt | None = None
+    """Set once END was verified; the answer is complete then and only then."""
+    checkpoint: Receipt | None = None
+    """The last CHECKPOINT that was verified."""
+
+
 class Exchange:
     """An exchange that the far side has begun to answer. Made by ``open_exchange``."""
 
-    def __init__(
-        self, link: Link, signer: Signer, call: Call, claims: pb.RequestClaims, envelope: bytes, salt: bytes
-    ) -> None:
+    def __init__(self, link: Link, signer: Signer, call: Call, claims: pb.RequestClaims, sent: Sent) -> None:
         self.peer = link.peer
         self.link = link
         self.head: HeadReceived | None = None
-        self.receipt: Receipt | None = None
-        """Set once END was verified; the answer is complete then and only then."""
+        self.sent = sent
+        self.first_at = math.inf
+        """When the first frame of the answer was there, on trio's clock."""
         self._signer = signer
         self._call = call
         self._claims = claims
-        self._envelope = envelope
-        self._salt = salt
-        self._digest = hashlib.sha256(salt)
+        self._digest = hashlib.sha256(sent.salt)
         self._answer_bytes = 0
         self._events: list[Event] = []
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """Not None once END was verified; the answer is complete then and only then."""
+        return self.sent.receipt
 
     async def receive(self) -> bytes | None:
         """The next bytes of the answer (one or more whole DATA frames), or None after END was verified.
@@ -157,13 +177,14 @@ class Exchange:
                     envelope,
                     client=self._signer.peer,
                     executor=self.peer,
-                    request_digest=hashlib.sha256(self._envelope).digest(),
+                    request_digest=hashlib.sha256(self.sent.request).digest(),
                     request=self._claims,
                     answer_digest=self._digest.digest(),
                     answer_bytes=self._answer_bytes,
                 )
                 ack = seal_ack(envelope, self._signer)
-                self.receipt = Receipt(claims, self.link.machine.exchange, envelope, self._envelope, self._salt, ack)
+                sent = self.sent
+                sent.receipt = Receipt(claims, sent.exchange, envelope, sent.request, sent.salt, ack)
             case PingReceived(payload=payload):
                 await self.link.send(self.link.machine.pong(payload))
             case PongReceived():
@@ -175,8 +196,12 @@ class Exchange:
 
 
 @asynccontextmanager
-async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> AsyncGenerator[Exchange]:
+async def open_exchange(
+    pool: StreamPool, signer: Signer, peer: PeerId, call: Call, on_sent: Callable[[Sent], None] = lambda sent: None
+) -> AsyncGenerator[Exchange]:
     """Send ``call`` to ``peer`` and wait for the first frame of its answer.
+
+    ``on_sent`` gets every REQUEST right before its first byte goes out: none that may have arrived is unknown to it.
 
     A REUSED stream that ends before any frame, or refuses because it is stale, is replaced once by a fresh one; the
     request is signed anew under the same idempotency key. Leaving the context before the receipt is there closes the
@@ -184,7 +209,7 @@ async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Ca
 
     Raises: as ``StreamPool.acquire`` and ``Exchange.receive``.
     """
-    exchange = await _begin(pool, signer, peer, call)
+    exchange = await _begin(pool, signer, peer, call, on_sent)
     link = exchange.link
     try:
         yield exchange
@@ -201,11 +226,13 @@ async def open_exchange(pool: StreamPool, signer: Signer, peer: PeerId, call: Ca
         pool.discard(link)  # its buffer is full: cheaper to open another stream than to wait here
 
 
-async def _begin(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> Exchange:
+async def _begin(
+    pool: StreamPool, signer: Signer, peer: PeerId, call: Call, on_sent: Callable[[Sent], None]
+) -> Exchange:
     link = await pool.acquire(peer)
     was_reused = link.exchanges > 0
     try:
-        return await _send(pool, link, signer, call)
+        return await _send(pool, link, signer, call, on_sent)
     except RefusedError as exc:
         if not was_reused or exc.code not in RETRY_FRESH_CODES:
             raise
@@ -213,10 +240,10 @@ async def _begin(pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> 
         if not was_reused:
             raise
     link = await pool.acquire(peer, fresh=True)
-    return await _send(pool, link, signer, call)
+    return await _send(pool, link, signer, call, on_sent)
 
 
-async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exchange:
+async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call, on_sent: Callable[[Sent], None]) -> Exchange:
     machine = link.machine
     if len(call.body) > link.accepted.max_body_bytes:
         pool.release(link)
@@ -244,15 +271,17 @@ async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call) -> Exc
         idempotency_key=call.idempotency_key,
         traceparent=call.traceparent,
     )
-    envelope = seal_request(claims, signer)
+    sent = Sent(link.peer, machine.exchange + 1, seal_request(claims, signer), salt)
     try:
         link.exchanges += 1
         link.last_received_at = trio.current_time()
         link.ping_misses = 0
-        for data in machine.request(envelope, salt, call.body):
+        on_sent(sent)
+        for data in machine.request(sent.request, salt, call.body):
             await link.send(data)
-        exchange = Exchange(link, signer, call, claims, envelope, salt)
+        exchange = Exchange(link, signer, call, claims, sent)
         await exchange.wait_first()
+        exchange.first_at = trio.current_time()
     except RefusedError as exc:
         # The machine is idle again unless the refusal came before the whole body was sent. A stale stream is not kept.
         if machine.state is State.IDLE and exc.code not in RETRY_FRESH_CODES:

@@ -23,6 +23,7 @@ from lloom_sidecar.admin.events import (
     ValidatorDiscovered,
 )
 from lloom_sidecar.admin.metrics import Metrics
+from lloom_sidecar.client.settled import Settled
 from lloom_sidecar.errors import LloomError, PeerTimeoutError, PeerUnreachableError
 from lloom_sidecar.executor.serve import ServedReceipt
 from lloom_sidecar.ids import Multiaddr, PeerId
@@ -236,10 +237,12 @@ class Observer:
         if error.code in _CONNECTION_CODES:
             self.will_close(peer, error.code)
 
-    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
-        """Its answer is complete and verified."""
-        kept = ClientReceipt(peer, call, receipt)
-        self.receipts[call.request_id.hex()] = kept
+    def exchange_settled(self, settled: Settled) -> None:
+        """A REQUEST that went out is over."""
+        if settled.receipt is None or not settled.is_owed:
+            return
+        kept = ClientReceipt(settled.peer, settled.call, settled.receipt)
+        self.receipts[settled.call.request_id.hex()] = kept
         if len(self.receipts) > MAX_RECENT_RECEIPTS:
             self.receipts.popitem(last=False)
         self._keep_receipt(kept)

@@ -15,7 +15,8 @@ import trio
 
 from lloom_sidecar.client.api import ApiSettings, OpenAiApi
 from lloom_sidecar.client.openai import Attempt
-from lloom_sidecar.client.router import Route, Router
+from lloom_sidecar.client.route import Route
+from lloom_sidecar.client.router import Router
 from lloom_sidecar.errors import (
     DaemonUnavailableError,
     LloomError,
@@ -56,6 +57,7 @@ class FakeExchange:
     def __init__(self, script: list[Any]) -> None:
         self.peer = EXECUTOR
         self.head = HeadReceived("text/event-stream", 0, 1000)
+        self.first_at = trio.current_time()
         self._script = script
 
     async def receive(self) -> bytes | None:
@@ -91,9 +93,11 @@ class FakeRouter(Router):
         self.began.set()
         try:
             route.attempts += self.attempts
+            route.asked = len(self.attempts)
             if self.error is not None:
                 raise self.error
-            route.executor, route.first_at = EXECUTOR, trio.current_time()
+            route.asked += 1
+            route.executor = EXECUTOR
             await use(route, FakeExchange(self.script))
         finally:
             self.ended.set()

@@ -13,7 +13,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lloom_sidecar.client.router import LOOK_UP_S, MAX_ATTEMPTS, Route, Router
+from lloom_sidecar.client.route import Route
+from lloom_sidecar.client.router import LOOK_UP_S, MAX_ATTEMPTS, Router
+from lloom_sidecar.client.settled import Settled
 from lloom_sidecar.errors import (
     DaemonUnavailableError,
     LloomError,
@@ -29,7 +31,7 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.http.errors import ClientDisconnectedError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.link.exchange import Call, Exchange, Receipt
+from lloom_sidecar.link.exchange import Call, Exchange, Receipt, Sent
 from lloom_sidecar.link.stream_pool import StreamPool
 from lloom_sidecar.peers.executors import LeaseState
 from lloom_sidecar.peers.health import Circuit, HealthBook, HealthLimits
@@ -50,10 +52,11 @@ def peer(number: int) -> PeerId:
 class FakeExchange:
     """Gives pieces; a None in between is a verified end, an exception is raised."""
 
-    def __init__(self, peer: PeerId, script: list[Any]) -> None:
-        self.peer = peer
+    def __init__(self, sent: Sent, script: list[Any]) -> None:
+        self.peer = sent.peer
         self.head = None
-        self.receipt: Receipt | None = None
+        self.sent = sent
+        self.first_at = trio.current_time()
         self._script = script
 
     async def receive(self) -> bytes | None:
@@ -66,8 +69,12 @@ class FakeExchange:
                 raise line
             else:
                 return cast("bytes", line)
-        self.receipt = Receipt(pb.ReceiptClaims(), 1, b"", b"", b"", b"")
+        self.sent.receipt = receipt_of(self.sent)
         return None
+
+
+def receipt_of(sent: Sent) -> Receipt:
+    return Receipt(pb.ReceiptClaims(), sent.exchange, b"end", sent.request, sent.salt, b"ack")
 
 
 @dataclass
@@ -84,14 +91,18 @@ class Bench:
     calls: list[Call] = field(default_factory=list)
     looked_up: list[str] = field(default_factory=list)
     failed: list[tuple[PeerId, str, str]] = field(default_factory=list)
-    answered: list[PeerId] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
     on_look_up: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         self.book = PeerBook(me=SIGNER.peer, is_open=True, allow_list=frozenset())
         limits = HealthLimits(budget_initial_s=self.budget_s)
         self.health = HealthBook(limits)
-        self.router = Router(
+        self.router = self.make_router(self._exchange)
+
+    def make_router(self, exchange_with: Any) -> Router:
+        return Router(
             pool=cast("StreamPool", None),
             signer=SIGNER,
             book=self.book,
@@ -101,7 +112,7 @@ class Bench:
             catalogue_is_complete=lambda: self.is_complete,
             observer=self,
             rng=random.Random(1),
-            exchange_with=self._exchange,
+            exchange_with=exchange_with,
         )
 
     def add(self, number: int, *exchanges: Any, price: Price | None = None, ttl_s: float = 900.0) -> PeerId:
@@ -120,8 +131,18 @@ class Bench:
     def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
         self.failed.append((peer, error.code, stage))
 
-    def answer_received(self, peer: PeerId, call: Call, receipt: Receipt, first_s: float, seconds: float) -> None:
-        self.answered.append(peer)
+    def exchange_settled(self, settled: Settled) -> None:
+        self.settled.append(settled)
+
+    @property
+    def answered(self) -> list[PeerId]:
+        """Whose answers are owed. Whatever was sent must be settled once."""
+        assert sorted(one.request for one in self.settled) == sorted(one.request for one in self.sent)
+        return [one.peer for one in self.settled if one.is_owed]
+
+    def reasons(self) -> list[tuple[PeerId, str]]:
+        """(peer, reason) of what was settled."""
+        return [(one.peer, one.reason) for one in self.settled]
 
     async def _look_up(self, model: str) -> None:
         self.looked_up.append(model)
@@ -135,9 +156,14 @@ class Bench:
             raise self.ensure_errors[peer]
 
     @asynccontextmanager
-    async def _exchange(self, pool: StreamPool, signer: Signer, peer: PeerId, call: Call) -> AsyncIterator[Exchange]:
+    async def _exchange(
+        self, pool: StreamPool, signer: Signer, peer: PeerId, call: Call, on_sent: Callable[[Sent], None]
+    ) -> AsyncIterator[Exchange]:
         self.asked.append(peer)
         self.calls.append(call)
+        sent = Sent(peer, 1, b"request %d" % len(self.sent), b"s" * 16)
+        self.sent.append(sent)
+        on_sent(sent)
         script = self.scripts[peer]
         step = script.pop(0) if script else [b"hi"]
         if isinstance(step, Exception):
@@ -145,15 +171,16 @@ class Bench:
         step = list(step)
         if step and isinstance(step[0], float):
             await trio.sleep(float(step.pop(0)))
-        yield cast("Exchange", FakeExchange(peer, step))
+        yield cast("Exchange", FakeExchange(sent, step))
 
     async def run(self, use: Any = None, *, commits: bool = False, **wanted: Any) -> Route:
         route = Route(trio.current_time())
 
         async def read(route: Route, exchange: Exchange) -> None:
             while await exchange.receive() is not None:
-                route.is_committed = route.is_committed or commits
-            route.is_committed = True
+                if commits:
+                    route.commit(exchange)
+            route.commit(exchange)
 
         self.route = route
         await self.router.run(CALL, Wanted("m", **wanted), Policy.ROUND_ROBIN, use or read, route)
@@ -272,6 +299,95 @@ class TestFailover:
         assert len(b.asked) == 1
         assert b.failed == []
         assert b.health.snapshot(0)[0].in_flight == 0
+
+
+class TestSettling:
+    """Every REQUEST that went out is settled once, and one at most is owed."""
+
+    async def test_the_answer_is_owed_and_failures_before_it_are_not(self) -> None:
+        b = Bench()
+        failures = {
+            b.add(1, BUSY): "refused",
+            b.add(2, refused(500)): "refused",
+            b.add(3, [b"x", StreamLostError("cut")]): "lost",
+            b.add(4, PeerUnreachableError("gone")): "lost",
+            b.add(5, [b"x", ReceiptError("bad")]): "failed",
+        }
+        winner = b.add(6, [b"ok"])
+        await b.run(pinned=frozenset({*failures}) | {winner})
+        assert b.answered == [winner]
+        assert dict(b.reasons()) == {**{p: failures[p] for p, _ in b.reasons()[:-1]}, winner: ""}
+        last = b.settled[-1]
+        assert (last.receipt, last.request, last.salt) == (b.sent[-1].receipt, b.sent[-1].request, b"s" * 16)
+        assert last.call.max_price == Price()
+
+    async def test_what_was_never_sent_is_not_settled(self) -> None:
+        b = Bench()
+        b.ensure_errors[b.add(1)] = PeerUnreachableError("no route")
+        with pytest.raises(PeerUnreachableError):
+            await b.run()
+        assert b.settled == []
+
+    async def test_an_application_that_leaves(self) -> None:
+        b = Bench()
+        who = b.add(1, [b"x", 1e9])
+        with trio.move_on_after(0.05):
+            await b.run(commits=True)
+        assert b.reasons() == [(who, "cancelled")]
+        assert b.answered == []
+
+    async def test_one_that_leaves_behind_a_checkpoint_owes_it(self) -> None:
+        b = Bench()
+        who = b.add(1, [b"x", 1e9], price=Price(1, 1, "EUR"))
+
+        async def use(route: Route, exchange: Exchange) -> None:
+            await exchange.receive()
+            route.commit(exchange)
+            exchange.sent.checkpoint = receipt_of(exchange.sent)
+            await exchange.receive()
+
+        with trio.move_on_after(0.05):
+            await b.run(use)
+        assert b.answered == [who]
+        assert (b.settled[0].reason, b.settled[0].receipt) == ("cancelled", None)
+        assert b.settled[0].checkpoint is not None
+
+    async def test_a_checkpoint_of_what_the_application_did_not_get_is_not_owed(self) -> None:
+        b = Bench()
+        first, second = b.add(1), b.add(2)
+        for who in (first, second):
+            b.scripts[who] = [[b"x"], [b"x"]]
+        asked: list[PeerId] = []
+
+        async def use(route: Route, exchange: Exchange) -> None:
+            await exchange.receive()
+            asked.append(exchange.peer)
+            if len(asked) == 1:
+                exchange.sent.checkpoint = receipt_of(exchange.sent)
+                raise StreamLostError("cut")
+            await exchange.receive()
+            route.commit(exchange)
+
+        await b.run(use)
+        assert b.answered == [asked[1]]
+        assert b.reasons() == [(asked[0], "lost"), (asked[1], "")]
+
+    async def test_a_request_sent_again_on_a_fresh_stream(self) -> None:
+        b = Bench()
+        who = b.add(1)
+
+        @asynccontextmanager
+        async def twice(
+            pool: StreamPool, signer: Signer, peer: PeerId, call: Call, on_sent: Callable[[Sent], None]
+        ) -> AsyncIterator[Exchange]:
+            on_sent(Sent(peer, 7, b"stale", b""))
+            on_sent(fresh := Sent(peer, 1, b"fresh", b""))
+            yield cast("Exchange", FakeExchange(fresh, [b"ok"]))
+
+        b.router = b.make_router(twice)
+        await b.run()
+        assert b.reasons() == [(who, "stale"), (who, "")]
+        assert [(one.is_owed, one.exchange) for one in b.settled] == [(False, 7), (True, 1)]
 
 
 class TestTheApplicationsSide:

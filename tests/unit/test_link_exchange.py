@@ -24,7 +24,7 @@ from lloom_sidecar.errors import (
     StreamLostError,
 )
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.link.exchange import Call, Exchange, open_exchange
+from lloom_sidecar.link.exchange import Call, Exchange, Sent, open_exchange
 from lloom_sidecar.link.stream_pool import WRITE_STALL_S, StreamPool
 from lloom_sidecar.protocol.claims import check_ack, salted_digest
 from lloom_sidecar.protocol.envelope import Signer
@@ -301,6 +301,36 @@ class TestOnceMore:
             with pytest.raises(StreamLostError):
                 await b.ask()
             assert b.daemon.opened == 1
+
+
+class TestSent:
+    async def test_every_request_that_goes_out_is_told(self) -> None:
+        sent: list[Sent] = []
+
+        async def ask(b: Bench) -> None:
+            async with open_exchange(b.pool, CLIENT, PEER, CALL, sent.append) as exchange:
+                await read_all(exchange)
+                assert exchange.sent is sent[-1]
+
+        async with bench(then(answer, refuse("expired"), answer), then(answer, close)) as b:
+            await ask(b)
+            await ask(b)
+            assert [(one.peer, one.exchange, one.receipt is not None) for one in sent] == [
+                (PEER, 1, True),
+                (PEER, 2, False),  # refused on a stale stream, sent again on a fresh one
+                (PEER, 1, True),
+            ]
+            assert len({one.request for one in sent}) == len({one.salt for one in sent}) == 3
+            assert sent[0].receipt is not None
+            assert (sent[0].receipt.request, sent[0].receipt.salt) == (sent[0].request, sent[0].salt)
+
+    async def test_also_when_no_frame_ever_comes(self) -> None:
+        sent: list[Sent] = []
+        async with bench(then(close)) as b:
+            with pytest.raises(PeerUnreachableError):
+                async with open_exchange(b.pool, CLIENT, PEER, CALL, sent.append):
+                    pass
+        assert [one.receipt for one in sent] == [None]
 
 
 class TestFailures:
