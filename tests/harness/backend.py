@@ -16,7 +16,9 @@ from .waiting import wait_until
 class ScriptedBackend:
     """See ``scripted_backend.py`` for the script language. Ends with the test's process."""
 
-    def __init__(self, *, models: list[str] | None = None) -> None:
+    def __init__(self, *, models: list[str] | None = None, journal: Path | None = None) -> None:
+        self.journal = journal
+        """Where it writes its log, for tests that kill it."""
         self._models = models
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
@@ -24,8 +26,12 @@ class ScriptedBackend:
     def start(self) -> ScriptedBackend:
         """Start it, on the same port as before when it was started before."""
         program = Path(__file__).with_name("scripted_backend.py")
+        journal = [] if self.journal is None else [str(self.journal)]
         self._process = subprocess.Popen(
-            [sys.executable, str(program), str(self._port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(program), str(self._port), *journal],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._process.stdout is not None
         self._port = int(self._process.stdout.readline())

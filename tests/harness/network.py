@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
+import socket
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +30,7 @@ class Network:
     Args:
         backend: ``scripted`` (a ScriptedBackend per executor) or ``builtin`` (the embedded model).
         flags: more flags for every node.
+        keeps_ports: every node listens on a port that it has again after a restart, as real nodes do.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class Network:
         clients: int = 1,
         backend: str = "scripted",
         flags: list[str] | None = None,
+        keeps_ports: bool = False,
     ) -> None:
         # Short: a unix socket's path has 107 bytes.
         self.root = Path(tempfile.mkdtemp(prefix="lln-"))
         self.flags = flags or []
+        self.keeps_ports = keeps_ports
         self.backend_kind = backend
         self.backends: list[ScriptedBackend] = []
         self.validators: list[Node] = []
@@ -108,7 +113,8 @@ class Network:
         number = len(list(self.root.glob("n*")))
         home = self.root / f"n{number}"
         home.mkdir(mode=0o700)
-        args = ["--role", role, "--listen", "/ip4/127.0.0.1/tcp/0", "--dht", "server", "--probe", "off"]
+        port = free_port() if self.keeps_ports else 0
+        args = ["--role", role, "--listen", f"/ip4/127.0.0.1/tcp/{port}", "--dht", "server", "--probe", "off"]
         if bootstrap:
             for validator in self.validators:
                 args += ["--bootstrap", validator.address]
@@ -125,7 +131,8 @@ class Network:
     def _backend_flags(self) -> list[str]:
         if self.backend_kind == "builtin":
             return ["--model", "builtin"]
-        backend = self._stack.enter_context(ScriptedBackend())
+        journal = self.root / f"backend{len(self.backends)}.jsonl"
+        backend = self._stack.enter_context(ScriptedBackend(journal=journal))
         self.backends.append(backend)
         return ["--backend", backend.url]
 
@@ -156,6 +163,15 @@ class Network:
             LIVE.remove(self)
         self._stack.close()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A port that nothing uses, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _end_node(node: Node) -> None:

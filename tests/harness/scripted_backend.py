@@ -10,6 +10,11 @@ The last user message is the script: ``chunks=50 delay_ms=10`` and so on; what i
     garbage=N    send something that is no JSON after N pieces
     error=N      send an error event after N pieces
     silent=1     accept the request and never answer
+    tag=N        pieces are " <N>.<i>": the answer of one request cannot be taken for another's
+    lie=N        the usage says N tokens more than there were
+
+With a second argument every request is written to that file when it begins and when it ends, one JSON line each, which
+outlives a ``kill -9``.
 
 ``GET /_requests`` tells what came and how each request ended, with times: ``complete``, ``gone`` (the requester left),
 ``cut``. ``POST /_models`` with a JSON list changes the models; ``POST /_status`` with a number makes /v1/models fail.
@@ -18,6 +23,7 @@ The last user message is the script: ``chunks=50 delay_ms=10`` and so on; what i
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import sys
@@ -29,6 +35,20 @@ from typing import Any
 LOG: list[dict[str, Any]] = []
 STATE: dict[str, Any] = {"models": ["scripted"], "status": 200}
 LOCK = threading.Lock()
+JOURNAL: list[int] = []
+"""The file's descriptor, when there is one."""
+
+
+def note(entry: dict[str, Any]) -> None:
+    """Write what is known of a request to the journal: one write, so that a line is there or is not."""
+    for file in JOURNAL:
+        shown = {key: entry[key] for key in ("script", "began_at", "ended_at", "outcome", "sent")}
+        os.write(file, json.dumps({"pid": os.getpid(), "number": entry["number"], **shown}).encode() + b"\n")
+
+
+def word(script: dict[str, int], index: int) -> str:
+    """One piece of a streamed answer."""
+    return f" {script['tag']}.{index}" if "tag" in script else f" w{index}"
 
 
 def script_of(body: dict[str, Any]) -> dict[str, int]:
@@ -78,14 +98,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         entry: dict[str, Any] = {"path": self.path, "body": body, "began_at": time.time()}
         entry |= {"ended_at": None, "outcome": None, "sent": 0}
+        entry["script"] = script_of(body)
         with LOCK:
+            entry["number"] = len(LOG)
             LOG.append(entry)
+        note(entry)
         try:
-            entry["outcome"] = self._answer(body, script_of(body), entry)
+            entry["outcome"] = self._answer(body, entry["script"], entry)
         except (BrokenPipeError, ConnectionResetError):
             entry["outcome"] = "gone"
         finally:
             entry["ended_at"] = time.time()
+            note(entry)
         if entry["outcome"] != "complete":
             self.close_connection = True
 
@@ -110,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         top = {"id": "c-1", "created": 1, "model": body["model"], "system_fingerprint": "fp"}
         top["object"] = "chat.completion.chunk" if is_chat else "text_completion"
         if not body.get("stream"):
-            text = "".join(f" w{i}" for i in range(chunks))
+            text = "".join(word(script, i) for i in range(chunks))
             message = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
             self._json(200, {**top, "choices": [{"index": 0, **message, "finish_reason": "stop"}]})
             return "complete"
@@ -129,13 +153,15 @@ class Handler(BaseHTTPRequestHandler):
                 self._chunk(b'data: {"error":{"message":"scripted failure","code":500}}\n\n')
             if self._pause(script.get("delay_ms", 0) / 1000):
                 return "gone"
-            piece = {"delta": {"content": f" w{i}"}} if is_chat else {"text": f" w{i}"}
+            text = word(script, i)
+            piece = {"delta": {"content": text}} if is_chat else {"text": text}
             self._event({**top, "choices": [{"index": 0, **piece, "finish_reason": None}]})
             entry["sent"] = i + 1
         last: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         self._event({**top, "choices": [{"index": 0, **last, "finish_reason": "stop"}]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            usage = {"prompt_tokens": 3, "completion_tokens": chunks, "total_tokens": 3 + chunks}
+            counted = chunks + script.get("lie", 0)
+            usage = {"prompt_tokens": 3, "completion_tokens": counted, "total_tokens": 3 + counted}
             self._event({**top, "choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
@@ -182,6 +208,8 @@ class Server(ThreadingHTTPServer):
 
 def main() -> None:
     """Serve on the port in argv (0 = any) until standard input ends; prints the port."""
+    if len(sys.argv) > 2:
+        JOURNAL.append(os.open(sys.argv[2], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     server = Server(("127.0.0.1", int(sys.argv[1])), Handler)
     print(server.server_address[1], flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -18,7 +18,12 @@ def pause(seconds: float) -> None:
 
 
 def wait_until(
-    condition: Callable[[], T], what: str, *, timeout_s: float = 10.0, explain: Callable[[], Any] | None = None
+    condition: Callable[[], T],
+    what: str,
+    *,
+    timeout_s: float = 10.0,
+    poll_s: float = POLL_S,
+    explain: Callable[[], Any] | None = None,
 ) -> Any:
     """The condition's first true value. Fails the test with ``what`` and ``explain`` when it does not come in time."""
     deadline = time.monotonic() + timeout_s
@@ -29,4 +34,4 @@ def wait_until(
         if time.monotonic() > deadline:
             detail = f": {explain()}" if explain is not None else ""
             raise AssertionError(f"waited {timeout_s:g} s for {what}{detail}")
-        pause(POLL_S)
+        pause(poll_s)

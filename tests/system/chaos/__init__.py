@@ -1,0 +1,1 @@
+"""Real processes under faults, and what must hold whatever breaks."""

@@ -1,0 +1,76 @@
+"""Something dies every second while applications stream: nothing is lost, doubled or silently cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import trio
+
+from tests.harness import Network
+from tests.harness.waiting import wait_until
+
+from .descriptors import count_descriptors, kinds
+from .faults import Plan
+from .figures import share, summary, untouched
+from .record import make_ask
+from .world import World
+
+APPS = 32
+EXECUTORS = 4
+EVERY_S = 1.0
+FAST = ["--heartbeat", "1"]
+"""A restarted executor gets into the gossip at the next heartbeat: with the default of 10 s runs would mostly wait."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("requests", "seed"), [(600, 1), pytest.param(2000, 2, marks=pytest.mark.soak)], ids=["short", "long"]
+)
+async def test_something_dies_every_second(requests: int, seed: int) -> None:
+    await kill_every_second(requests, seed, resume=False, least=0.90)
+
+
+async def kill_every_second(requests: int, seed: int, *, resume: bool, least: float) -> None:
+    """``least``: the share of all requests that must be complete."""
+    with Network(validators=1, executors=EXECUTORS, clients=1, flags=FAST, keeps_ports=True) as network:
+        world = World(network, seed=seed, resume=resume)
+        client = network.client
+        assert client.process is not None
+        # One request each way, so that what is opened once is open: the ledger, the pool's watch, an idle stream.
+        assert client.chat("chunks=1").status_code == 200
+        at_rest, kinds_at_rest = count_descriptors(client), kinds(client.process.pid)
+        over = trio.Event()
+        began_at = trio.current_time()
+
+        async def ask() -> None:
+            await world.ask_all((make_ask(seed, tag) for tag in range(1, requests + 1)), apps=APPS)
+            print(f"asked for {trio.current_time() - began_at:.1f} s")
+            over.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await world.kill_until(over, Plan(seed, EXECUTORS), EVERY_S)
+        print("killed: ", Counter(kill.part for _, kill in world.kills))
+        away = sorted(world.back_s)
+        print(f"away: median {away[len(away) // 2]:.2f} s, worst {away[-1]:.2f} s")
+        print("\n".join(summary(world.records)))
+        assert len(world.records) == requests
+        violations = await trio.to_thread.run_sync(world.violations)
+        assert not violations, "\n".join(violations[:20])
+        complete, count = share(world.records)
+        assert complete >= least * count
+        complete, count = share(untouched(world.records))
+        assert complete >= 0.995 * count
+
+        # Executors that end say GOAWAY, so the client closes its streams to them: it holds what it held at the start.
+        for node in network.executors:
+            assert await trio.to_thread.run_sync(node.stop) == 0
+        await trio.to_thread.run_sync(
+            lambda: wait_until(
+                lambda: count_descriptors(client) <= at_rest,
+                "the client to give back its descriptors",
+                timeout_s=30,
+                explain=lambda: f"{at_rest} {kinds_at_rest} at first, now {kinds(client.process.pid)}",  # type: ignore[union-attr]
+            )
+        )

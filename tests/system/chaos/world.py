@@ -1,0 +1,166 @@
+"""A network of real processes, applications that ask it, and what breaks meanwhile."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import trio
+
+from lloom_sidecar.admin.client import NodeUnreachableError
+from tests.harness import Network, Node
+from tests.harness.waiting import wait_until
+
+from . import invariants
+from .app import App
+from .faults import Kill, Plan
+from .ledgers import Entry, Work, read_journal, read_ledger
+from .record import Ask, Outcome, Record
+
+ANSWER_TIMEOUT_S = 120.0
+"""After this a request counts as lost. The API's own deadline is given to the client below it."""
+BACK_S = 60.0
+"""Longest that an executor may take to be back."""
+
+
+class World:
+    """One validator, some executors with scripted backends, one client node."""
+
+    def __init__(self, network: Network, *, seed: int, resume: bool = False) -> None:
+        self.network = network
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.resume = resume
+        self.active: frozenset[str] = frozenset()
+        """What is broken now."""
+        self.kills: list[tuple[float, Kill]] = []
+        self.back_s: list[float] = []
+        """How long each executor was away."""
+        self.records: list[Record] = []
+
+    # ------------------------------------------------------------ applications
+    def app(self) -> App:
+        """An application at the client's API."""
+        host, _, port = self.network.client.api.removeprefix("http://").partition(":")
+        return App(host, int(port), resume=self.resume, faults=lambda: self.active)
+
+    async def ask_all(self, asks: Iterable[Ask], *, apps: int) -> list[Record]:
+        """Have the requests made by so many applications, each one after the other; their records."""
+        waiting = iter(asks)
+        records: list[Record] = []
+
+        async def ask_on(app: App) -> None:
+            for ask in waiting:
+                records.append(await app.ask(ask, ANSWER_TIMEOUT_S))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(apps):
+                nursery.start_soon(ask_on, self.app())
+        self.records += records
+        return records
+
+    # ------------------------------------------------------------ faults
+    @contextmanager
+    def broken(self, name: str) -> Iterator[None]:
+        """While the context lasts, ``name`` is what is broken."""
+        self.active |= {name}
+        try:
+            yield
+        finally:
+            self.active -= {name}
+
+    async def kill_until(self, over: trio.Event, plan: Plan, every_s: float) -> None:
+        """Until ``over`` something dies at every tick, and is brought back. Returns when all of it is back again."""
+        began_at = trio.current_time()
+        tick = 0
+        async with trio.open_nursery() as repairs:
+            while not over.is_set():
+                kill = plan.next(is_one_down=bool(self.active - {"validator"}))
+                if kill.name not in self.active:
+                    self.kills.append((time.time(), kill))
+                    await repairs.start(self._strike, kill)
+                tick += 1
+                with trio.move_on_at(began_at + tick * every_s):
+                    await over.wait()
+
+    async def _strike(self, kill: Kill, *, task_status: trio.TaskStatus[None]) -> None:
+        """``started`` when it is dead; returns when it is back."""
+        began_at = trio.current_time()
+        with self.broken(kill.name):
+            if kill.executor is None:
+                validator = self.network.validators[0]
+                await _in_thread(partial(validator.kill, "p2pd"))
+                task_status.started()
+                await _in_thread(lambda: wait_until(lambda: _has_p2pd(validator), "p2pd", timeout_s=BACK_S))
+                return
+            victim = self.network.executors[kill.executor]
+            backend = self.network.backends[kill.executor]
+            await _in_thread(backend.kill if kill.part == "backend" else partial(victim.kill, kill.part))
+            task_status.started()
+            if kill.part == "sidecar":
+                await _in_thread(victim.start)
+            elif kill.part == "backend":
+                await _in_thread(backend.start)
+            await self.wait_back(victim)
+        self.back_s.append(trio.current_time() - began_at)
+
+    async def wait_back(self, victim: Node) -> None:
+        """Until the executor serves again as far as it and the client know."""
+        client = self.network.client
+
+        def is_back() -> bool:
+            try:
+                status = victim.status()
+            except NodeUnreachableError:
+                return False
+            if not status["p2pd"]["up"] or any(one["code"] == "backend_down" for one in status["conditions"]):
+                return False
+            seen = client.executors().get(victim.peer)
+            return seen is not None and seen["state"] == "fresh" and seen["connected"] and seen["member"]
+
+        await _in_thread(
+            lambda: wait_until(
+                is_back, f"{victim.name} to be back", timeout_s=BACK_S, poll_s=0.2, explain=victim.log_tail
+            )
+        )
+
+    # ------------------------------------------------------------ afterwards
+    def journals(self) -> list[Work]:
+        """What the backends worked on."""
+        return [work for backend in self.network.backends if backend.journal for work in read_journal(backend.journal)]
+
+    def client_ledger(self) -> list[Entry]:
+        """The client's side."""
+        return read_ledger(self.network.client.home, "client")
+
+    def executor_ledgers(self) -> list[Entry]:
+        """The executors' side."""
+        return [entry for node in self.network.executors for entry in read_ledger(node.home, "executor")]
+
+    def violations(self) -> list[str]:
+        """Everything that must hold of what was recorded, and does not. Waits for what is written a little later."""
+        client = self.network.client
+        wait_until(lambda: client.metric("lloom_requests_in_flight", role="client") == 0, "the client to be idle")
+        completes = sum(record.outcome is Outcome.COMPLETE for record in self.records)
+        wait_until(
+            lambda: sum(entry.is_owed for entry in self.client_ledger()) >= completes, "the ledger", timeout_s=5.0
+        )
+        return [
+            *invariants.outcomes(self.records),
+            *invariants.texts(self.records),
+            *invariants.work(self.records, self.journals()),
+            *invariants.receipts(self.records, self.client_ledger(), self.executor_ledgers()),
+        ]
+
+
+def _has_p2pd(node: Node) -> bool:
+    with suppress(AssertionError, NodeUnreachableError):
+        return bool(node.pid_of("p2pd")) and bool(node.status()["p2pd"]["up"])
+    return False
+
+
+async def _in_thread(call: Callable[[], object]) -> None:
+    await trio.to_thread.run_sync(call)
