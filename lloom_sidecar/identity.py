@@ -87,9 +87,10 @@ def prepare_home(home: Path) -> None:
         raise ConfigError(f"the home {home} is readable by others and stays so ({_reason(exc)}): chmod 700 it") from exc
 
 
-def init_home(home: Path) -> tuple[Signer, bool]:
+def init_home(home: Path, identity: bytes | None = None) -> tuple[Signer, bool]:
     """Make the home and its identity where they are missing; the second value is True when the identity is new.
 
+    ``identity``: a marshalled key to take instead of a random one; a home that has one already keeps it.
     Idempotent, and safe when two processes do it at once: both end with the same key.
 
     Raises:
@@ -101,7 +102,7 @@ def init_home(home: Path) -> tuple[Signer, bool]:
     path = home / IDENTITY_NAME
     if path.exists() or path.is_symlink():
         return load_identity(home), False
-    signer = Signer(os.urandom(SEED_BYTES))
+    signer = Signer(os.urandom(SEED_BYTES)) if identity is None else Signer.from_marshalled(identity)
     try:
         is_created = write_private_file(path, signer.marshalled(), replace=False)
     except OSError as exc:

@@ -189,6 +189,33 @@ def rotate(target: Target, keep_old: str, as_json: bool) -> None:
     output.say(f"{_RESTART}; then `lloomctl network invite` for the other nodes")
 
 
+@network.command(
+    "kubernetes",
+    epilog=example("lloomctl network kubernetes --validators 2 --release lloom --namespace lloom | kubectl apply -f -"),
+)
+@click.option(
+    "--validators", type=click.IntRange(1, 100), default=2, show_default=True, help="How many get an identity."
+)
+@click.option("--release", default="lloom", show_default=True, metavar="NAME", help="Name of the chart's release.")
+@click.option("--namespace", default="default", show_default=True, metavar="NAME", help="Namespace of the release.")
+def kubernetes(validators: int, release: str, namespace: str) -> None:
+    """Print the Secrets of a new network in Kubernetes.
+
+    RELEASE-network holds a new network key and where the validators are; RELEASE-validators their identities, which
+    are in that list already. The chart in deploy/helm wants both. Run it once: another run is another network.
+    """
+    from lloom_sidecar.cli import network_files
+
+    for option, name in (("--release", release), ("--namespace", namespace)):
+        if not network_files.is_dns_label(name):
+            raise click.BadParameter(
+                f"{name!r} is no name in Kubernetes: lower-case letters, digits and '-', at most 40",
+                param_hint=option,
+            )
+    output.print_json(network_files.kubernetes_secrets(validators, release, namespace))
+    output.say("whoever reads this is a member, and can be your validators: for kubectl, not for a file")
+
+
 def _checked_validators(texts: tuple[str, ...]) -> tuple[Multiaddr, ...]:
     from lloom_sidecar.config import parse_bootstrap
 

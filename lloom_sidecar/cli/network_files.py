@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lloom_sidecar.config import BOOTSTRAP_FILE_NAME, NETWORK_KEY_NAME, read_bootstrap_file
 from lloom_sidecar.errors import LloomError
 from lloom_sidecar.identity import load_network_keys, prepare_home, write_private_file
-from lloom_sidecar.ids import Multiaddr
-from lloom_sidecar.protocol.network_key import KEY_BYTES, Invite, NetworkKey, NetworkKeys, format_key_file
+from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.protocol.envelope import SEED_BYTES, Signer
+from lloom_sidecar.protocol.network_key import (
+    KEY_BYTES,
+    Invite,
+    NetworkKey,
+    NetworkKeys,
+    format_key_file,
+    parse_key_file,
+)
 
 _BOOTSTRAP_HEAD: Final = (
     "# Validators that this node trusts, one multiaddr a line. Written by `lloomctl network join`.\n"
 )
 _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_KEEP_OLD_S: Final = 30 * 86400
+MAX_GIVEN_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,28 @@ def join_network(home: Path, invite: Invite, *, replace: bool = False) -> Joined
     return Joined(invite.key, is_new, added)
 
 
+def read_given(path: Path) -> bytes:
+    """A file that somebody else prepared, such as one of a mounted Secret. Raises LloomError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_GIVEN_BYTES + 1)
+    except OSError as exc:
+        raise LloomError(f"{path} cannot be read: {(exc.strerror or type(exc).__name__).lower()}") from exc
+    if len(data) > MAX_GIVEN_BYTES:
+        raise LloomError(f"{path} is over {MAX_GIVEN_BYTES} bytes: this is another file")
+    return data
+
+
+def take_network(home: Path, folder: Path, me: PeerId) -> None:
+    """Take ``network.key`` and ``bootstrap`` from a folder in the place of the home's; the node's own addresses are
+    left out. Raises LloomError, ConfigError when one of them cannot be used."""
+    key = read_given(folder / NETWORK_KEY_NAME)
+    parse_key_file(key)
+    validators = read_bootstrap_file(folder / BOOTSTRAP_FILE_NAME)
+    write_bootstrap_file(home, (addr for addr in validators if addr.peer_id != me))
+    _write(network_key_path(home), key, replace=True)
+
+
 def rotate_network(home: Path, *, keep_old_s: int, now_ms: int) -> NetworkKeys:
     """Make a new key and accept the old one for ``keep_old_s`` more (0 = not at all).
 
@@ -103,6 +135,42 @@ def reachable_addrs(addrs: Iterable[str]) -> tuple[Multiaddr, ...]:
     named = [addr for addr in parsed if addr.peer_id is not None and addr.unix_path is None]
     others = [addr for addr in named if addr.ip is None or not addr.ip.is_loopback]
     return tuple(others or named)
+
+
+def is_dns_label(name: str) -> bool:
+    """A name that is one part of a DNS name, with room for what the chart appends. Source: RFC 1123, 2.1."""
+    return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", name) is not None
+
+
+def kubernetes_secrets(validators: int, release: str, namespace: str) -> dict[str, Any]:
+    """A List of the Secrets that the chart wants: a new network key with the validators' addresses, and their new
+    identities under the names of their pods, which are the StatefulSet's of deploy/helm."""
+    signers = [Signer(os.urandom(SEED_BYTES)) for _ in range(validators)]
+    host = f"{release}-validator"
+    bootstrap = "".join(
+        f"/dns4/{host}-{number}.{host}.{namespace}.svc/tcp/4001/p2p/{signer.peer}\n"
+        for number, signer in enumerate(signers)
+    )
+    key = format_key_file(NetworkKey(os.urandom(KEY_BYTES)))
+    identities = {f"{host}-{number}": signer.marshalled() for number, signer in enumerate(signers)}
+    return {
+        "apiVersion": "v1",
+        "kind": "List",
+        "items": [
+            _secret(f"{release}-network", namespace, {"network.key": key, "bootstrap": bootstrap.encode()}),
+            _secret(f"{release}-validators", namespace, identities),
+        ],
+    }
+
+
+def _secret(name: str, namespace: str, data: dict[str, bytes]) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": namespace},
+        "type": "Opaque",
+        "data": {key: base64.b64encode(value).decode() for key, value in data.items()},
+    }
 
 
 def parse_duration(text: str) -> int:

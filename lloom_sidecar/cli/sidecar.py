@@ -15,6 +15,7 @@ from lloom_sidecar.errors import ConfigError, LloomError
 
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
+_FILE: Final = click.Path(path_type=Path)
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -32,20 +33,25 @@ def main() -> None:
 
 @main.command()
 @click.option("--home", metavar="PATH", help="Folder of the node's state.  [env: LLOOM_HOME]")
-def init(home: str | None) -> None:
+@click.option("--identity", type=_FILE, metavar="FILE", help="Identity to take where the home has none yet.")
+@click.option("--network", type=_FILE, metavar="DIR", help="Take network.key and bootstrap from here, each time.")
+def init(home: str | None, identity: Path | None, network: Path | None) -> None:
     """Make the node's home and its identity; does nothing where they exist.
 
-    Prints the peer id.
+    Prints the peer id. --identity and --network are for containers that get both as mounted files.
 
     \b
     Example: lloom-sidecar init --home ~/lloom
     """
+    from lloom_sidecar.cli.network_files import read_given, take_network
     from lloom_sidecar.identity import init_home
 
     try:
         where = resolve_home(home)
-        signer, is_new = init_home(where)
-    except ConfigError as exc:
+        signer, is_new = init_home(where, None if identity is None else read_given(identity))
+        if network is not None:
+            take_network(where, network, signer.peer)
+    except LloomError as exc:
         _end(exc)
     output.say(f"{'made' if is_new else 'found'} the identity in {where}")
     click.echo(str(signer.peer))

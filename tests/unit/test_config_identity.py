@@ -170,3 +170,13 @@ def test_a_private_file_is_whole_or_absent(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one"
     assert write_private_file(path, b"three", replace=True)
     assert (path.read_bytes(), mode(path), os.listdir(tmp_path)) == (b"three", 0o600, ["secret"])
+
+
+def test_an_identity_that_was_made_before_is_taken_once(tmp_path: Path) -> None:
+    given, other = (Signer(bytes([number]) * 32) for number in (1, 2))
+    signer, is_new = init_home(tmp_path / "home", given.marshalled())
+    assert (signer.peer, is_new) == (given.peer, True)
+    assert init_home(tmp_path / "home")[0].peer == given.peer
+    assert init_home(tmp_path / "home", other.marshalled())[0].peer == given.peer, "a home keeps its identity"
+    with pytest.raises(ConfigError, match="not a libp2p Ed25519 private key"):
+        init_home(tmp_path / "another", b"nonsense")
