@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from lloom_sidecar.errors import DaemonError, LloomError
-from lloom_sidecar.ids import Multiaddr, PeerId
+from lloom_sidecar.ids import Multiaddr
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.peers.rate import TokenBucket
 from lloom_sidecar.protocol.announcement import (
@@ -30,8 +30,6 @@ FULL_EVERY_S: Final = 600.0
 """A full announcement is made anew this often, so that the one that hello and catalogues hand on is never older than
 the 15 min within which clocks are compared."""
 TOPIC_POLL_S: Final = 1.0
-MIN_REPEAT_S: Final = 1.0
-"""Shortest time between two full announcements that newly seen topic peers cause."""
 MAX_PER_S: Final = 1.0
 """Announcements in the long run, and ``BURST`` at once: changes that come faster are told together. Well under what
 receivers allow one author (node.control_plane.MAX_ANNOUNCEMENTS_PER_S), who ban for more."""
@@ -85,7 +83,7 @@ class Announcer:
         self._full: bytes = b""
         self._full_digest: bytes = b""
         self._full_at = float("-inf")
-        self._topic_peers: frozenset[PeerId] = frozenset()
+        self._has_neighbours = False
         self.is_draining = False
 
     @property
@@ -96,6 +94,15 @@ class Announcer:
     def changed(self) -> None:
         """The offer or the addresses changed: announce now."""
         self._changed.set()
+
+    def introduce(self) -> None:
+        """There are neighbours in the topic, and there were none before: announce everything now.
+
+        Not for each later neighbour: hello gives it what is there, while a message goes to the whole network.
+        """
+        self._has_neighbours = True
+        self._full_at = float("-inf")
+        self.changed()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Announce until cancelled; then say that this executor leaves."""
@@ -180,18 +187,13 @@ class Announcer:
         return True
 
     async def _watch_topic(self) -> None:
-        """Messages from before a peer joined the topic are lost to it: announce anew when one appears."""
-        is_due = False
+        """What was published while nobody was there is lost: introduce this node when the first neighbour appears."""
         while True:
             await trio.sleep(TOPIC_POLL_S)
             try:
-                peers = frozenset(await self._get_daemon().topic_peers(TOPIC_EXECUTORS))
+                peers = await self._get_daemon().topic_peers(TOPIC_EXECUTORS)
             except DaemonError:
-                self._topic_peers = frozenset()
-                continue
-            is_due = is_due or bool(peers - self._topic_peers)
-            self._topic_peers = peers
-            if is_due and self._announced is not None and trio.current_time() - self._full_at >= MIN_REPEAT_S:
-                is_due = False
-                self._full_at = float("-inf")
-                self.changed()
+                peers = []
+            if peers and not self._has_neighbours:
+                self.introduce()
+            self._has_neighbours = bool(peers)

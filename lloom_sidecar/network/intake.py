@@ -42,17 +42,14 @@ class Intake:
         book: PeerBook,
         keys: Callable[[], Sequence[NetworkKey]],
         observer: IntakeObserver,
-        want_full: Callable[[PeerId], None],
         now_ms: Callable[[], int],
         on_offence: Callable[[PeerId, str], None] = lambda peer, reason: None,
     ) -> None:
-        """``want_full``: a heartbeat refers to an announcement that we lack; fetch it from that peer. ``on_offence``: a
-        peer published, or has in its catalogue, what cannot be honest."""
+        """``on_offence``: a peer published, or has in its catalogue, what cannot be honest."""
         self._me = me
         self._book = book
         self._keys = keys
         self._observer = observer
-        self._want_full = want_full
         self._now_ms = now_ms
         self._on_offence = on_offence
         self.found_by: dict[PeerId, str] = {}
@@ -85,8 +82,6 @@ class Intake:
             self.found_by[announcement.peer] = found_by
         elif change is Change.REMOVED:
             self.found_by.pop(announcement.peer, None)
-        elif change is Change.WANTS_FULL:
-            self._want_full(announcement.peer)
         self._observer.executor_changed(announcement.peer, change, found_by)
         return change
 

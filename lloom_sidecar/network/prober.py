@@ -18,6 +18,9 @@ from .hello import HelloService
 TICK_S: Final = 1.0
 PROBE_TIMEOUT_S: Final = 5.0
 MAX_PROBES: Final = 16
+"""Suspects that one tick begins to probe."""
+MAX_UNDER_WAY: Final = 2 * MAX_PROBES
+"""Probes and fetches at once."""
 
 log = structlog.get_logger("lloom.prober")
 
@@ -28,7 +31,6 @@ async def run_prober(
     connections: Connections,
     hello: HelloService,
     on_lost: Callable[[PeerId], None],
-    wanted_full: Callable[[], list[PeerId]],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Probe suspects by hello, fetch announcements that heartbeats referred to, drop the dead; until cancelled."""
@@ -56,8 +58,11 @@ async def run_prober(
             now = trio.current_time()
             for peer in book.expire(now):
                 on_lost(peer)
-            for peer in {*book.due_probes(now, MAX_PROBES), *wanted_full()}:
-                if peer not in under_way and len(under_way) < 2 * MAX_PROBES:
+            # Only as many as there is room for: what is taken out here counts as tried.
+            due = book.due_probes(now, min(MAX_PROBES, MAX_UNDER_WAY - len(under_way)))
+            due += book.due_fetches(now, MAX_UNDER_WAY - len(under_way) - len(due))
+            for peer in due:
+                if peer not in under_way:
                     under_way.add(peer)
                     nursery.start_soon(probe, peer)
             await trio.sleep(TICK_S)

@@ -47,7 +47,6 @@ MAX_ANNOUNCEMENTS_PER_S: Final = 2.0
 """Of one author; an honest one sends one in ten seconds and a few when it changes."""
 ANNOUNCEMENT_BURST: Final = 10.0
 MAX_AUTHORS: Final = 20_000
-MAX_WANTED_FULL: Final = 256
 MAX_PAGE_ENTRIES: Final = 1_000
 """Of one catalogue answer of a node that is no validator; the asker goes on from there."""
 MAX_SOFTWARE_KNOWN: Final = 10_000
@@ -63,8 +62,8 @@ class ControlPlane:
     """The peer book and the services that keep it true.
 
     ``store`` remembers peers over restarts; ``signer`` and ``next_sequence`` are for a validator's status.
-    ``on_peer_gone`` is told of a peer's last connection; ``on_joined`` of a validator that was reached; ``on_clock`` by
-    how many milliseconds our clock is ahead of a validator's.
+    ``on_peer_gone`` is told of a peer's last connection; ``on_neighbours`` of neighbours in the topic of
+    executors, where there were none; ``on_clock`` by how many milliseconds our clock is ahead of a validator's.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class ControlPlane:
         announcement: Callable[[], bytes],
         service_keys: Callable[[], Iterable[str]],
         on_peer_gone: Callable[[PeerId], None],
-        on_joined: Callable[[], None],
+        on_neighbours: Callable[[], None],
         on_clock: Callable[[PeerId, int], None],
         metrics: Metrics,
         observer: Observer,
@@ -94,12 +93,11 @@ class ControlPlane:
         self._max_streams = max_streams
         self._announcement = announcement
         self._on_peer_gone = on_peer_gone
-        self._on_joined = on_joined
+        self._on_neighbours = on_neighbours
         self._on_clock = on_clock
         self._metrics = metrics
         self._observer = observer
         self._rng = rng
-        self._wanted_full: dict[PeerId, None] = {}
         self._software: OrderedDict[PeerId, str] = OrderedDict()
         self.tags = Tags(get_daemon)
         validators = group_by_peer(config.bootstrap)
@@ -138,7 +136,6 @@ class ControlPlane:
             book=self.book,
             keys=membership.keys,
             observer=observer,
-            want_full=self._want_full,
             now_ms=now_ms,
             on_offence=membership.on_offence,
         )
@@ -228,6 +225,9 @@ class ControlPlane:
                     on_dropped=self._metrics.announcement_dropped,
                     is_banned=self.membership.is_banned_author,
                     on_offence=self.membership.on_offence,
+                    is_connected=self._is_connected,
+                    is_anchor=self.config.is_validator,
+                    on_neighbours=self._on_neighbours,
                 )
             )
             nursery.start_soon(self._listen_for_statuses)
@@ -245,7 +245,6 @@ class ControlPlane:
                     connections=self.connections,
                     hello=self.hello,
                     on_lost=lambda peer: self._observer.executor_lost(peer, "lease"),
-                    wanted_full=self._take_wanted_full,
                 )
             )
             task_status.started()
@@ -261,6 +260,8 @@ class ControlPlane:
             handle=self.statuses.take,
             is_banned=self.membership.is_banned_author,
             on_offence=self.membership.on_offence,
+            is_connected=self._is_connected,
+            is_anchor=self.config.is_validator,
         )
 
     async def _publish_statuses(self) -> None:
@@ -279,6 +280,9 @@ class ControlPlane:
         self._metrics.message_sent("status")
         # Its own belongs on its board too; gossip brings it back, but is not listened to there.
         self.statuses.take(TopicMessage(self._me, sealed, 0, (TOPIC_NETWORK,)))
+
+    def _is_connected(self) -> bool:
+        return len(self.connections) > 0
 
     def summary(self) -> NetworkStatus:
         """What this node sees of the network now."""
@@ -391,16 +395,6 @@ class ControlPlane:
 
     async def _after_join(self, peer: PeerId) -> None:
         self.discovery.changed()
-        self._on_joined()
-
-    def _want_full(self, peer: PeerId) -> None:
-        if len(self._wanted_full) < MAX_WANTED_FULL:
-            self._wanted_full[peer] = None
-
-    def _take_wanted_full(self) -> list[PeerId]:
-        wanted = list(self._wanted_full)
-        self._wanted_full.clear()
-        return wanted
 
     def _dialable(self, peer: PeerId) -> tuple[Multiaddr, ...]:
         known = self.book.known(peer, trio.current_time())

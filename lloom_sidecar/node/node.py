@@ -103,7 +103,7 @@ class Node:
             announcement=lambda: self.serving.announcer.current if self.serving is not None else b"",
             service_keys=self.service_keys,
             on_peer_gone=lambda peer: self.pool.drop_peer(peer),
-            on_joined=self._announce_again,
+            on_neighbours=lambda: self.serving.announcer.introduce() if self.serving is not None else None,
             on_clock=self._on_clock,
             metrics=self.metrics,
             observer=self.observer,

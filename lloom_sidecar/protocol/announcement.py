@@ -178,7 +178,8 @@ def announcement_interval_s(executors_seen: int, rng_jitter: float) -> float:
     """Seconds until the next heartbeat: 10, growing to 120 so that the whole network sends about 50 a second.
 
     Args:
-        executors_seen: executors known for over 10 minutes (a flood of new names must not silence the others).
+        executors_seen: executors in the peer book. A node that has just started must count all of them, or it would
+            speak too often; a member that invents names can make others speak as seldom as each 120 s, no less.
         rng_jitter: a random number from 0 to 1; shortens the interval by up to a tenth.
     """
     interval_s = min(MAX_INTERVAL_S, max(MIN_INTERVAL_S, executors_seen / NETWORK_RATE_PER_S))

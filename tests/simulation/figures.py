@@ -45,7 +45,7 @@ class Tally:
     published: Counter[str] = field(default_factory=Counter)
     """Announcements of the whole network, by kind."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why a full announcement was made: start, age, topic_peer."""
+    """Why a full announcement was made: start, introduction, age, topic_peer."""
     received: Counter[str] = field(default_factory=Counter)
     missed: int = 0
     """Lost on the way to one observer."""

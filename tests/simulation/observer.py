@@ -20,7 +20,7 @@ from lloom_sidecar.protocol.offers import Announcement, Kind
 
 from .executor import SimulatedExecutor
 from .figures import KIND_NAMES
-from .parameters import MAX_PROBES, POLL_S, PROBE_TIMEOUT_S, TICK_S, Death
+from .parameters import MAX_PROBES, MAX_UNDER_WAY, POLL_S, PROBE_TIMEOUT_S, TICK_S, Death
 
 if TYPE_CHECKING:
     from .world import World
@@ -79,7 +79,6 @@ class Observer:
     """Connections that ended since the last look."""
     failed: dict[PeerId, float] = field(default_factory=dict)
     """First failure with each executor that died."""
-    wanted_full: dict[PeerId, None] = field(default_factory=dict)
     probing: dict[PeerId, None] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     attempts: dict[PeerId, list[_Attempt]] = field(default_factory=dict)
@@ -127,10 +126,7 @@ class Observer:
             if not self.is_validator:
                 world.count_dropped(exc.reason)
             return None
-        if change is Change.WANTS_FULL:
-            if len(self.wanted_full) < 256:
-                self.wanted_full[announcement.peer] = None
-        elif change is Change.NEW and not self.is_validator:
+        if change is Change.NEW and not self.is_validator:
             world.note_new(self, announcement.peer)
         elif change is Change.REMOVED and announcement.kind == Kind.REMOVAL:
             self._end_watch(announcement.peer)
@@ -144,11 +140,11 @@ class Observer:
         self._look_at_connections(now)
         for peer in self.book.expire(now):
             world.note_dropped(self, peer)
-        due = dict.fromkeys(self.book.due_probes(now, MAX_PROBES), "suspect")
-        due.update(dict.fromkeys(self.wanted_full, "wanted_full"))
-        self.wanted_full.clear()
+        room = MAX_UNDER_WAY - len(self.probing)
+        due = dict.fromkeys(self.book.due_probes(now, min(MAX_PROBES, room)), "suspect")
+        due.update(dict.fromkeys(self.book.due_fetches(now, room - len(due)), "wanted_full"))
         for peer, cause in due.items():
-            if peer not in self.probing and len(self.probing) < 2 * MAX_PROBES:
+            if peer not in self.probing:
                 self.probing[peer] = None
                 self._probe(peer, cause)
         refresh_s = world.parameters.refresh_catalogue_s

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lloom_sidecar.network.announcer import FULL_EVERY_S, MIN_REPEAT_S, TOPIC_POLL_S
+from lloom_sidecar.network.announcer import FULL_EVERY_S, TOPIC_POLL_S
 from lloom_sidecar.network.bootstrap import REFRESH_CATALOGUE_S
 from lloom_sidecar.network.connections import POLL_S
-from lloom_sidecar.network.prober import MAX_PROBES, PROBE_TIMEOUT_S, TICK_S
+from lloom_sidecar.network.prober import MAX_PROBES, MAX_UNDER_WAY, PROBE_TIMEOUT_S, TICK_S
+from lloom_sidecar.peers.peerbook import PeerBookLimits
 
 from .gossip import WIDE, Hop
 
 __all__ = [
     "FULL_EVERY_S",
     "MAX_PROBES",
+    "MAX_UNDER_WAY",
     "MIN_REPEAT_S",
     "POLL_S",
     "PROBE_TIMEOUT_S",
@@ -24,6 +26,10 @@ __all__ = [
     "Death",
     "Parameters",
 ]
+
+
+MIN_REPEAT_S = 1.0
+"""Between two full announcements that topic peers caused, when each of them did (``reannounces``)."""
 
 
 class Death(Enum):
@@ -64,9 +70,12 @@ class Parameters:
     hop: Hop = WIDE
     loss: float = 0.0
     """Probability that a message does not reach a node at all, beside ``hop.loss``."""
-    mesh_forms_s: tuple[float, float] = (0.3, 10.0)
+    mesh_forms_s: tuple[float, float] = (0.4, 0.6)
     """Range within which a newcomer's place in the mesh is ready; before that its messages reach nobody, nor it any.
-    Source: measure_gossip with the 10 s heartbeat, which grafts whoever appeared since the last."""
+    A dial and hello take 5 round trips; then it subscribes, having a neighbour, and is grafted at once.
+    Source: network.gossip.NEIGHBOUR_POLL_S; measure_gossip, the newcomer that subscribed after it was connected."""
+    introduces: bool = True
+    """An executor announces everything as soon as its place in the mesh is ready, as the announcer does."""
     request_every_s: float = 5.0
     """Mean time between the requests of one client."""
     requests_per_conversation: int = 10
@@ -79,14 +88,14 @@ class Parameters:
     """Of a newcomer's link, for the catalogue: 20 Mbit/s."""
     open_announcement_s: float = 200e-6
     """CPU to check one announcement. Source: open_announcement on the machine of the docs."""
-    reannounces: bool = True
-    """An executor makes a full announcement when a topic peer appears, as the announcer does."""
+    reannounces: bool = False
+    """An executor announces in full for each topic peer that appears, as it once did, not for the first only."""
     refresh_catalogue_s: float = REFRESH_CATALOGUE_S
     """0 = never."""
     interval_s: float = 0.0
     """Heartbeat interval instead of the policy's, 0 = the policy."""
-    max_executors: int = 10_000
-    """Places in a peer book. Source: the default of PeerBookLimits."""
+    max_executors: int = PeerBookLimits().max_executors
+    """Places in a peer book."""
     hints_every_s: float = 0.0
     """Not built: a validator tells so often whom it lost the connection to, and receivers suspect those. 0 = off."""
 

@@ -10,6 +10,8 @@ from .gossip import LOCAL
 from .parameters import Death, Parameters
 from .world import simulate
 
+LOCALLY: Final[dict[str, Any]] = {"hop": LOCAL, "mesh_forms_s": (0.0, 0.2)}
+"""All nodes on one machine."""
 LOSSES: Final = (0.0, 0.01, 0.05, 0.2)
 
 
@@ -80,27 +82,31 @@ def _variants(large: int, middle: Sequence[int], seed: int, window_s: float) -> 
         return Job("variants", name, replace(parameters, **changes))
 
     window = _window(large, window_s)
-    roomy: dict[str, Any] = {"max_executors": 2 * large}
-    base, killed = (replace(make(large, seed, window), **roomy) for make in (traffic, deaths))
-    # A: subscribe when there is somebody to hear it, announce anew only then, not for each later topic peer.
-    a: dict[str, Any] = {"mesh_forms_s": (0.0, 0.0), "reannounces": False}
+    base, killed = (make(large, seed, window) for make in (traffic, deaths))
+    # As it was: subscribed before there is anybody, in full for each later topic peer.
+    before: dict[str, Any] = {"mesh_forms_s": (0.3, 10.0), "introduces": False, "reannounces": True}
     shard = max(10, large // 20)
     last = middle[-1]
     return [
         *(job("the whole host dies", deaths(size, seed, _window(size, window_s)), death=Death.HOST) for size in middle),
-        job("one machine: churn", traffic(40, seed, window_s), hop=LOCAL, bandwidth_bytes_s=1e9),
-        job("one machine: deaths", deaths(40, seed, window_s), hop=LOCAL),
-        job("gossipsub heartbeat 1 s: mesh within 1 s", deaths(40, seed, window_s), mesh_forms_s=(0.1, 1.0)),
+        job("one machine: churn", traffic(40, seed, window_s), **LOCALLY, bandwidth_bytes_s=1e9),
+        job("one machine: deaths", deaths(40, seed, window_s), **LOCALLY),
+        job(
+            "one machine, 20 executors and clients: churn",
+            traffic(20, seed, window_s),
+            **LOCALLY,
+            bandwidth_bytes_s=1e9,
+        ),
+        job("one machine, 20 executors and clients: deaths", deaths(20, seed, window_s), **LOCALLY),
         job("idle connections closed after 300 s", traffic(last, seed, _window(last, window_s)), idle_peer_s=300.0),
-        job("A", deaths(40, seed, window_s), **a),
-        job("A", traffic(last, seed, _window(last, window_s)), **a),
-        job("A, 5 % lost", traffic(last, seed, _window(last, window_s)), **a, loss=0.05),
-        job("A, 20 % lost", traffic(last, seed, _window(last, window_s)), **a, loss=0.2),
-        job("A, one topic of 20: churn", traffic(shard, seed, window_s), **a),
-        job("A, one topic of 20: deaths", deaths(shard, seed, window_s), **a),
-        job("A, book of twice the size", base, **a),
-        job("A, 10 s interval on one topic", killed, **a, interval_s=10.0),
-        job("A, hints of validators each 5 s", killed, **a, hints_every_s=5.0),
+        job("as it was", deaths(40, seed, window_s), **before),
+        job("as it was", traffic(last, seed, _window(last, window_s)), **before),
+        job("as it was", replace(base, max_executors=10_000), **before),
+        job("one topic of 20: churn", traffic(shard, seed, window_s)),
+        job("one topic of 20: deaths", deaths(shard, seed, window_s)),
+        job("a book of 10,000 places", replace(base, max_executors=10_000)),
+        job("10 s interval on one topic", killed, interval_s=10.0),
+        job("hints of validators each 5 s", killed, hints_every_s=5.0),
     ]
 
 

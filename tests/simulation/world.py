@@ -292,6 +292,8 @@ class World:
             for observer in self.observers:
                 self._awaited[executor.peer, observer.place] = self.now
         self._announce(executor, "start")
+        if self.parameters.introduces and ready_s:
+            self.after(ready_s, lambda: self._introduce(executor))
         # Its hello gives the validator its announcement, and its first neighbours are topic peers that appear.
         self.after(5 * self.parameters.rtt_s, lambda: self._greeted_validator(executor))
 
@@ -300,6 +302,11 @@ class World:
             self.validator.take(executor.full, direct=True, source=executor.peer)
             if self.parameters.reannounces:
                 self._topic_peer_appeared(executor)
+
+    def _introduce(self, executor: SimulatedExecutor) -> None:
+        if executor.is_alive:
+            executor.full_at = float("-inf")
+            self._announce(executor, "introduction")
 
     def _newcomer(self) -> None:
         """A client that knows nobody joins: dial, hello, catalogue."""

@@ -58,22 +58,38 @@ def announcer_of(topic: Topic, models: list[ModelOffer] | None = None) -> Announ
     )
 
 
-async def test_a_topic_peer_that_appears_right_after_an_announcement_gets_one_too(autojump_clock: MockClock) -> None:
+async def test_the_first_topic_peer_gets_a_full_one_and_later_ones_do_not(autojump_clock: MockClock) -> None:
     topic = Topic()
-    models = [ModelOffer("m")]
-    announcer = announcer_of(topic, models)
+    announcer = announcer_of(topic)
     async with trio.open_nursery() as nursery:
         await nursery.start(announcer.run)
-        await trio.sleep(1.9)
-        models.append(ModelOffer("n"))
-        announcer.changed()
-        await trio.sleep(0.05)
-        # Too late for that announcement, and the look at 2 s comes too early for another one.
+        await trio.sleep(1.5)
         topic.peers = [OTHER]
+        await trio.sleep(2)
+        topic.peers = [OTHER, SIGNER.peer]
         await trio.sleep(3)
+        # Alone again, and back.
+        topic.peers = []
+        await trio.sleep(1)
+        topic.peers = [OTHER]
+        await trio.sleep(1.5)
         nursery.cancel_scope.cancel()
-    full = [round(at, 3) for at, kind in topic.published if kind in (Kind.INITIAL, Kind.UPDATE)]
-    assert full == [0.0, 1.9, 3.0]
+    full = [round(at) for at, kind in topic.published if kind in (Kind.INITIAL, Kind.UPDATE)]
+    assert full == [0, 2, 8]
+
+
+async def test_it_introduces_itself_when_told_that_somebody_is_there(autojump_clock: MockClock) -> None:
+    topic = Topic()
+    announcer = announcer_of(topic)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(announcer.run)
+        await trio.sleep(0.3)
+        topic.peers = [OTHER]
+        announcer.introduce()
+        await trio.sleep(5)
+        nursery.cancel_scope.cancel()
+    # Once: the look at the topic that follows knows of it.
+    assert [(round(at, 1), kind) for at, kind in topic.published[:-1]] == [(0.0, Kind.INITIAL), (0.3, Kind.UPDATE)]
 
 
 async def test_no_topic_peer_no_repetition(autojump_clock: MockClock) -> None:

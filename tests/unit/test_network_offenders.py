@@ -35,7 +35,6 @@ class TestIntake:
             book=side.book,
             keys=lambda: [KEY],
             observer=side,
-            want_full=side.wanted.append,
             now_ms=lambda: NOW_MS,
             on_offence=lambda peer, reason: self.offences.append((peer, reason)),
         )

@@ -16,10 +16,16 @@ from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.network.bootstrap import MAX_BACKOFF_S, VALIDATOR_TAG, Bootstrap, Validator, group_by_peer
 from lloom_sidecar.network.connections import Connections
 from lloom_sidecar.network.discovery import Discovery
-from lloom_sidecar.network.gossip import MAX_MESSAGE_BYTES, run_gossip
+from lloom_sidecar.network.gossip import (
+    ANCHOR_AFTER_S,
+    FIRST_AFTER_S,
+    MAX_MESSAGE_BYTES,
+    NEIGHBOUR_POLL_S,
+    run_gossip,
+)
 from lloom_sidecar.network.hello import Greeted, HelloService
 from lloom_sidecar.network.intake import Intake
-from lloom_sidecar.network.prober import run_prober
+from lloom_sidecar.network.prober import MAX_UNDER_WAY, run_prober
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.peers.executors import LeaseState
@@ -71,7 +77,6 @@ class Sidecar:
         self.daemon: Daemon | None = node.daemon
         self.dropped: list[str] = []
         self.changes: list[tuple[PeerId, Change, str]] = []
-        self.wanted: list[PeerId] = []
         self.joined: list[tuple[PeerId, int]] = []
         self.failures: list[float] = []
         self.complete: list[int] = []
@@ -87,7 +92,6 @@ class Sidecar:
             book=self.book,
             keys=lambda: [KEY],
             observer=self,
-            want_full=self.wanted.append,
             now_ms=lambda: NOW_MS,
         )
         self.hello = HelloService(
@@ -208,7 +212,7 @@ class TestIntake:
         async with self.one() as side:
             heartbeat = announcement(self.SIGNER, 5, kind=Kind.HEARTBEAT, full_digest=b"d" * 32)
             assert side.intake.take(heartbeat, found_by="gossip", source=None) is Change.WANTS_FULL
-            assert side.wanted == [self.SIGNER.peer]
+            assert side.book.due_fetches(trio.current_time()) == [self.SIGNER.peer]
 
     async def test_ones_own_is_ignored(self) -> None:
         async with self.one() as side:
@@ -241,7 +245,9 @@ class TestIntake:
 
 
 class TestGossip:
-    async def start(self, nursery: trio.Nursery, side: Sidecar, rates: RateLimiter[PeerId] | None = None) -> list[str]:
+    async def start(
+        self, nursery: trio.Nursery, side: Sidecar, rates: RateLimiter[PeerId] | None = None, **more: Any
+    ) -> list[str]:
         seen: list[str] = []
         if rates is None:
             rates = RateLimiter(rate_per_s=100, burst=100, max_keys=10)
@@ -254,9 +260,67 @@ class TestGossip:
                 on_message=lambda: seen.append("message"),
                 on_dropped=seen.append,
                 task_status=task_status,
+                **more,
             )
         )
         return seen
+
+    async def subscribed_after(self, nursery: trio.Nursery, side: Sidecar, timeout_s: float, **more: Any) -> float:
+        began_at = trio.current_time()
+        with trio.move_on_after(timeout_s):
+            await self.start(nursery, side, **more)
+            return trio.current_time() - began_at
+        return float("inf")
+
+    async def test_it_subscribes_as_soon_as_there_is_a_neighbour(self, autojump_clock: MockClock) -> None:
+        async with sidecars(3) as (here, there, late), trio.open_nursery() as nursery:
+            told: list[float] = []
+            is_connected = False
+
+            async def neighbour() -> None:
+                nonlocal is_connected
+                await trio.sleep(30)
+                assert here.node.p2pd.requests["PUBSUB LIST_PEERS"] == 0
+                async with there.node.daemon.subscribe(TOPIC_EXECUTORS):
+                    is_connected = True
+                    await trio.sleep_forever()
+
+            nursery.start_soon(neighbour)
+            after_s = await self.subscribed_after(
+                nursery,
+                here,
+                60,
+                is_connected=lambda: is_connected,
+                on_neighbours=lambda: told.append(trio.current_time()),
+            )
+            assert 30 <= after_s <= 30 + 2 * NEIGHBOUR_POLL_S
+            assert len(told) == 1
+            # Who comes later is in the topic at once, and nobody is introduced to it again.
+            assert await self.subscribed_after(nursery, late, 60, is_connected=lambda: True) == 0
+            await trio.sleep(20)
+            assert len(told) == 1
+            nursery.cancel_scope.cancel()
+
+    @pytest.mark.parametrize(
+        ("connected", "is_anchor", "after_s"),
+        [(True, False, FIRST_AFTER_S), (False, True, ANCHOR_AFTER_S), (False, False, float("inf"))],
+    )
+    async def test_who_is_the_first_one_there(
+        self, autojump_clock: MockClock, connected: bool, is_anchor: bool, after_s: float
+    ) -> None:
+        async with sidecars(2) as (here, _), trio.open_nursery() as nursery:
+            told: list[str] = []
+            found_s = await self.subscribed_after(
+                nursery,
+                here,
+                100,
+                is_connected=lambda: connected,
+                is_anchor=is_anchor,
+                on_neighbours=lambda: told.append("told"),
+            )
+            assert found_s == pytest.approx(after_s, abs=NEIGHBOUR_POLL_S)
+            assert told == []
+            nursery.cancel_scope.cancel()
 
     async def test_messages_are_taken_in_and_ones_own_are_not(self) -> None:
         async with sidecars(2) as (here, there), trio.open_nursery() as nursery:
@@ -470,17 +534,12 @@ class TestBootstrap:
 
 class TestProber:
     async def start(self, nursery: trio.Nursery, side: Sidecar, **more: Any) -> None:
-        def take_wanted() -> list[PeerId]:
-            wanted, side.wanted = side.wanted, []
-            return wanted
-
         await nursery.start(
             lambda task_status: run_prober(
                 book=side.book,
                 connections=side.connections,
                 hello=side.hello,
                 on_lost=side.lost.append,
-                wanted_full=take_wanted,
                 task_status=task_status,
                 **more,
             )
@@ -522,6 +581,26 @@ class TestProber:
             await self.start(nursery, here)
             await trio.sleep(2)
             assert self.state(here) == [LeaseState.FRESH]
+            nursery.cancel_scope.cancel()
+
+    async def test_what_it_has_no_room_for_waits(self, autojump_clock: MockClock) -> None:
+        others = [Signer(bytes([number]) * 32) for number in range(100, 110 + MAX_UNDER_WAY)]
+        async with sidecars(1) as (here,), trio.open_nursery() as nursery:
+            asked: list[PeerId] = []
+
+            async def ensure(peer: PeerId, *, timeout_s: float) -> None:
+                asked.append(peer)
+                await trio.sleep(timeout_s - 0.1)
+
+            here.connections.ensure = ensure  # type: ignore[method-assign, assignment]
+            for other in others:
+                heartbeat = announcement(other, 2, kind=Kind.HEARTBEAT, full_digest=b"d" * 32)
+                here.intake.take(heartbeat, found_by="gossip", source=None)
+            await self.start(nursery, here)
+            await trio.sleep(1)
+            assert len(asked) == MAX_UNDER_WAY
+            await trio.sleep(10)
+            assert set(asked) == {other.peer for other in others}
             nursery.cancel_scope.cancel()
 
     async def test_one_that_hangs_is_probed_once_at_a_time(self, autojump_clock: MockClock) -> None:

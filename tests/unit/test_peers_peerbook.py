@@ -579,6 +579,27 @@ def test_too_many_models_are_refused() -> None:
     d.refuses("quota", full(A, 2, "a", "b", "c"))
 
 
+def test_what_waiting_heartbeats_refer_to_is_fetched_ever_more_seldom() -> None:
+    d = Dialogue()
+    first, second = full(A, 1), full(B, 1)
+    d.hear(beat(first, 2))
+    d.hear(beat(second, 2))
+    assert d.book.due_fetches(d.now, limit=1) == [A]
+    assert d.book.due_fetches(d.now, limit=0) == []
+    assert d.book.due_fetches(d.now) == [B]
+    due = []
+    for _ in range(20):
+        d.now += 1
+        due += [(round(d.now - 1000), who) for who in d.book.due_fetches(d.now)]
+    assert due == [(5, A), (5, B), (15, A), (15, B)]
+    d.hear(beat(first, 3))
+    assert d.book.due_fetches(d.now) == [A]
+    d.hear(first, direct=True)
+    d.now += TTL_S
+    d.book.expire(d.now)
+    assert d.book.due_fetches(d.now) == []
+
+
 def test_waiting_heartbeats_are_bounded_and_forgotten() -> None:
     d = Dialogue(limits=PeerBookLimits(max_pending=1))
     first, second = full(A, 1), full(B, 1)
@@ -640,11 +661,17 @@ def test_the_catalogue_tells_what_changed_since_a_cursor() -> None:
         (B, b.raw, b"", 2.0),
     ]
     assert d.book.entries_since(page.cursor, now=d.now).items == ()
-    heartbeat = beat(a, 2)
+    # A heartbeat alone is no news, but it is told with what is.
+    d.hear(beat(a, 2))
+    d.hear(a, direct=True)
+    assert d.book.entries_since(page.cursor, now=d.now).items == ()
+    changed = full(A, 3, "m", "z")
+    heartbeat = beat(changed, 4)
+    d.hear(changed)
     d.hear(heartbeat)
-    changed = d.book.entries_since(page.cursor, now=d.now)
-    assert [(item.peer, item.heartbeat) for item in changed.items] == [(A, heartbeat.raw)]
-    assert changed.cursor > page.cursor
+    news = d.book.entries_since(page.cursor, now=d.now)
+    assert [(item.peer, item.full, item.heartbeat) for item in news.items] == [(A, changed.raw, heartbeat.raw)]
+    assert news.cursor > page.cursor
     assert [item.peer for item in d.book.entries_since(0, now=d.now, model="n").items] == [B]
     assert len(d.book.entries_since(10**9, now=d.now).items) == 2
 

@@ -119,12 +119,13 @@ def test_lost_messages_make_suspects_which_probes_clear() -> None:
 
 def test_a_message_before_the_mesh_has_formed_reaches_nobody() -> None:
     parameters = replace(SMALL, aimed_every_s=10.0, mesh_forms_s=(5.0, 5.0))
-    late = simulate(parameters)
+    late, introduced = (simulate(replace(parameters, introduces=on)) for on in (False, True))
     at_once = simulate(replace(parameters, mesh_forms_s=(0.0, 0.0)))
     assert late["published_before_mesh"] > 0
     assert at_once["published_before_mesh"] == 0
     # Then the first heartbeat makes everybody ask the newcomer itself.
     assert late["new_executor_known_s"]["p50"] > 8.0
+    assert 5.0 < introduced["new_executor_known_s"]["p50"] <= introduced["new_executor_known_s"]["max"] < 6.0
     assert at_once["new_executor_known_s"]["p99"] < 1.0
 
 
