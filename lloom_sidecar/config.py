@@ -494,6 +494,18 @@ class Config:
         ),
     )
 
+    compression: str = field(
+        default="documents",
+        metadata=_about(
+            _one_of("off", "documents", "all"),
+            "--compression",
+            "network",
+            "What goes compressed (zstd) to peers that take it: off, documents (request bodies and unstreamed answers "
+            "from 1 KiB on), or all (streamed answers too, in a tenth of the bytes: for slow or metered paths). With "
+            "off, this node asks others for nothing compressed either.",
+        ),
+    )
+
     # --- network
     bootstrap: tuple[Multiaddr, ...] = field(
         default=(),

@@ -34,7 +34,10 @@ from lloom_sidecar.link.exchange import Call, Exchange
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
 from lloom_sidecar.protocol.claims import MAX_TRACEPARENT_BYTES
+from lloom_sidecar.protocol.compression import decompress
+from lloom_sidecar.protocol.exchange import MAX_BODY_BYTES
 from lloom_sidecar.protocol.offers import Price
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 from .openai import (
     OPERATION_OF_PATH,
@@ -55,6 +58,8 @@ _APPLICATIONS_OWN: Final = PASS_THROUGH_STATUSES | {402, 429}
 is about its executor's key, not the application's, and its 404 is no word on the network's models."""
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer that is held until its receipt was verified."""
+_ENCODINGS: Final = {"zstd": pb.ENCODING_ZSTD, "gzip": pb.ENCODING_GZIP, "x-gzip": pb.ENCODING_GZIP}
+"""Codings of a request's body. Source: RFC 9110, section 8.4.1; RFC 9659."""
 _JSON: Final = (b"content-type", b"application/json")
 _EVENTS: Final = (b"content-type", b"text/event-stream; charset=utf-8")
 _NO_CACHE: Final = (b"cache-control", b"no-cache")
@@ -92,6 +97,8 @@ class ApiSettings:
     """When not empty, ``Authorization: Bearer`` must be one of them."""
     deadline_s: float = DEFAULT_DEADLINE_S
     policy: Policy = Policy.ADAPTIVE
+    max_body_bytes: int = MAX_BODY_BYTES
+    """Of a body that came compressed; what comes as it is was bounded by the server."""
     max_price: Price | None = None
     """Ceiling for every request that brings none of its own; None = none."""
 
@@ -214,7 +221,7 @@ class OpenAiApi:
     async def _serve(
         self, request: Request, response: Response, operation: int, route: Route, request_id: bytes
     ) -> None:
-        body = await request.body()
+        body = _decompressed(request, await request.body(), self._settings.max_body_bytes)
         try:
             asked = read_body(body)
             check_model_id(asked.model)
@@ -290,6 +297,21 @@ class OpenAiApi:
     async def _method_not_allowed(self, response: Response, allowed: str) -> None:
         error = RequestError(f"this path takes {allowed}", code="method_not_allowed", http_status=405)
         await response.send(405, [_JSON, (b"allow", allowed.encode())], error_document(error))
+
+
+def _decompressed(request: Request, body: bytes, max_bytes: int) -> bytes:
+    """The body without the coding that ``content-encoding`` names. Raises RequestError."""
+    name = (request.header("content-encoding") or "identity").strip().lower()
+    if name == "identity":
+        return body
+    encoding = _ENCODINGS.get(name)
+    if encoding is None:
+        raise RequestError(
+            f"content-encoding {name[:40]!r} is not taken here; send the body with zstd, gzip or none",
+            code="content_encoding",
+            http_status=415,
+        )
+    return decompress(body, encoding, max_bytes)
 
 
 def _traceparent(request: Request) -> str:

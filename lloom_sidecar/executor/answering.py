@@ -23,6 +23,7 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.http.errors import HttpClientError
 from lloom_sidecar.ids import PeerId
+from lloom_sidecar.protocol import compression
 from lloom_sidecar.protocol.claims import (
     QUOTE_CONTENT_TYPE,
     CheckedRequest,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 DRAIN_ANSWER_S: Final = 1.0
 """For the end of a backend's body after its answer is complete."""
 MAX_TOKENS: Final = 2**31 - 1
+EVENT_STREAM: Final = "text/event-stream"
 
 log = structlog.get_logger("lloom.executor")
 
@@ -63,10 +65,15 @@ class Job:
     """Its place at the backend; None for a query, which the executor answers itself."""
     accepted_at: float
     accepted_at_ms: int
-    body_length: int
+    body_size: int
+    """Of the body as the requester signed it, before compression; counted while it is held."""
     price: pb.Price
     """Fixed when the REQUEST was taken."""
+    decoder: compression.SizedDecoder | None = None
+    """Of a compressed body."""
     body: list[bytes] = field(default_factory=list)
+    encoder: compression.Encoder | None = None
+    """Of a compressed stream."""
     first_at_ms: int = 0
     is_ended: bool = False
     """The observer was told of its end."""
@@ -205,7 +212,7 @@ class Answering:
         meter.is_query = True
         if claims.operation == pb.OPERATION_MODELS:
             document = offers_document(executor.offers(), executor.admission.working, executor.admission.queued)
-            await self._send_data(job, meter, document, "application/json")
+            await self._send_document(job, meter, document)
             return meter
         offer = executor.offer(claims.model)
         if offer is None:
@@ -240,14 +247,16 @@ class Answering:
             if out and not job.first_at_ms:
                 self._note_first(job)
             if out and call.wants_stream:
-                await self._send_data(job, meter, out, "text/event-stream")
+                await self._send_data(job, meter, out, EVENT_STREAM)
         relay.check_complete()
+        if job.encoder is not None:
+            await self._send(self._machine.data(job.encoder.finish()))
         with trio.move_on_after(DRAIN_ANSWER_S), suppress(HttpClientError, BackendError):
             # The end of the body lets the connection be used again; whoever keeps it open after [DONE], or cuts it
             # there, loses it. The answer is complete either way.
             await answer.receive_some()
         if not call.wants_stream:
-            await self._send_data(job, meter, relay.document(), "application/json")
+            await self._send_document(job, meter, relay.document())
         return meter
 
     async def _relay_document(self, job: Job, answer: BackendAnswer) -> AnswerMeter:
@@ -255,7 +264,7 @@ class Answering:
         self._note_first(job)
         meter = AnswerMeter(job.salt)
         meter.note_usage(document)
-        await self._send_data(job, meter, document, "application/json")
+        await self._send_document(job, meter, document)
         return meter
 
     def _note_first(self, job: Job) -> None:
@@ -264,10 +273,29 @@ class Answering:
     async def _send_data(self, job: Job, meter: AnswerMeter, data: bytes, content_type: str) -> None:
         head = b""
         if meter.size == 0:
-            backend_us = round((trio.current_time() - job.accepted_at) * 1e6)
-            head = self._machine.head(content_type, backend_us=backend_us)
+            if content_type == EVENT_STREAM and self._executor.compresses_stream_for(self._peer):
+                job.encoder = compression.Encoder()
+            head = self._head(job, content_type, pb.ENCODING_IDENTITY if job.encoder is None else pb.ENCODING_ZSTD)
         meter.add(data)
+        if job.encoder is not None:
+            data = job.encoder.encode(data)
         await self._send(head + self._machine.data(data))
+
+    async def _send_document(self, job: Job, meter: AnswerMeter, document: bytes) -> None:
+        meter.add(document)
+        data, encoding = document, pb.ENCODING_IDENTITY
+        if len(document) >= compression.MIN_BYTES and self._executor.compresses_for(self._peer):
+            if len(document) <= compression.IN_THREAD_BYTES:
+                packed = compression.compress(document)
+            else:
+                packed = await trio.to_thread.run_sync(compression.compress, document, abandon_on_cancel=True)
+            if len(packed) < len(document):
+                data, encoding = packed, pb.ENCODING_ZSTD
+        await self._send(self._head(job, "application/json", encoding) + self._machine.data(data))
+
+    def _head(self, job: Job, content_type: str, encoding: pb.Encoding) -> bytes:
+        backend_us = round((trio.current_time() - job.accepted_at) * 1e6)
+        return self._machine.head(content_type, backend_us=backend_us, encoding=encoding)
 
     async def _fail(self, error: LloomError, body: bytes = b"") -> None:
         self._executor.count_refused(self._peer, error)

@@ -15,6 +15,7 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.protocol.claims import OPERATIONS_SERVED, CheckedRequest, check_request, is_under
+from lloom_sidecar.protocol.compression import SizedDecoder
 from lloom_sidecar.protocol.exchange import RequestReceived
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
@@ -37,6 +38,10 @@ class Taken:
     """Fixed now."""
     ticket: Ticket | None
     """Its place at the backend; None for a query."""
+    body_size: int
+    """Bytes of the body as it was signed, before compression."""
+    decoder: SizedDecoder | None
+    """Of a compressed body."""
 
 
 def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: RequestReceived) -> Taken:
@@ -60,17 +65,32 @@ def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: Requ
     claims = request.claims
     if claims.operation not in OPERATIONS_SERVED:
         raise RequestError("this executor does not serve that operation", code="unsupported_operation", http_status=501)
-    if event.encoding != pb.ENCODING_IDENTITY:
-        raise RemoteProtocolError("a body compressed in a way that was not agreed on", code="bad_request")
     if event.body_length == 0:
         raise RequestError("the request has no body", code="invalid_json")
+    decoder, body_size = _decoder_of(executor, event)
     price = Price()
     if claims.operation != pb.OPERATION_MODELS:
         price = _price_of(executor, peer, claims)
-    if executor.buffered_bytes + event.body_length > executor.limits.buffered_bodies_bytes:
+    if executor.buffered_bytes + body_size > executor.limits.buffered_bodies_bytes:
         raise PeerBusyError("this executor holds too many bodies", code="busy", retry_after_s=1.0)
     is_query = claims.operation in QUERIES
-    return Taken(request, price, None if is_query else executor.enter(peer, claims.priority))
+    ticket = None if is_query else executor.enter(peer, claims.priority)
+    return Taken(request, price, ticket, body_size, decoder)
+
+
+def _decoder_of(executor: Executor, event: RequestReceived) -> tuple[SizedDecoder | None, int]:
+    """What decompresses the body that is coming, and its size after that."""
+    if event.encoding == pb.ENCODING_IDENTITY:
+        return None, event.body_length
+    if event.body_size == 0:
+        raise RemoteProtocolError("a compressed body whose size was not stated", code="bad_request")
+    if event.body_size > executor.limits.max_body_bytes:
+        raise RequestError(
+            f"the body has {event.body_size} bytes; this executor takes {executor.limits.max_body_bytes}",
+            code="body_too_large",
+            http_status=413,
+        )
+    return SizedDecoder(event.encoding, event.body_size), event.body_size
 
 
 def _price_of(executor: Executor, peer: PeerId, claims: pb.RequestClaims) -> Price:

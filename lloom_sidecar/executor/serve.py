@@ -56,10 +56,13 @@ class Executor:
         may_ask: Callable[[PeerId], bool],
         observer: ExecutorObserver,
         now_ms: Callable[[], int],
+        compresses_for: Callable[[PeerId], bool] = lambda peer: False,
+        compresses_streams: bool = False,
     ) -> None:
         """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
         of our network (or this node is open); asked at OPEN and at every request. ``price``: of every model that
-        ``set_price`` was not told of.
+        ``set_price`` was not told of. ``compresses_for``: whether answers to a peer are compressed, documents always,
+        streams only when ``compresses_streams``.
         """
         self.signer = signer
         self.backend = backend
@@ -71,6 +74,8 @@ class Executor:
         self.may_ask = may_ask
         self.observer = observer
         self.now_ms = now_ms
+        self.compresses_for = compresses_for
+        self._compresses_streams = compresses_streams
         self.buffered_bytes = 0
         self.is_draining = False
         self.quotes = QuoteBook()
@@ -89,6 +94,10 @@ class Executor:
         finally:
             self._sessions.discard(session)
             stream.close()
+
+    def compresses_stream_for(self, peer: PeerId) -> bool:
+        """Whether a streamed answer to ``peer`` is compressed."""
+        return self._compresses_streams and self.compresses_for(peer)
 
     def drain(self) -> None:
         """Take no further exchange: idle streams are told GOAWAY and end, working ones after their exchange."""

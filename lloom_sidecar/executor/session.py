@@ -123,9 +123,7 @@ class Session:
         match event:
             case BodyReceived(data=data, is_last=is_last):
                 if self._job is not None:
-                    self._job.body.append(data)
-                    if is_last:
-                        self._ready.set()
+                    await self._on_body(self._job, data, is_last)
             case RequestReceived():
                 await self._on_request(event)
             case PingReceived(payload=payload):
@@ -171,7 +169,7 @@ class Session:
             executor.count_refused(self._peer, exc)
             await self._send(self._machine.error(exc))
             return
-        executor.buffered_bytes += event.body_length
+        executor.buffered_bytes += taken.body_size
         self._job = Job(
             request=taken.request,
             envelope=event.envelope,
@@ -179,11 +177,28 @@ class Session:
             ticket=taken.ticket,
             accepted_at=trio.current_time(),
             accepted_at_ms=executor.now_ms(),
-            body_length=event.body_length,
+            body_size=taken.body_size,
+            decoder=taken.decoder,
             price=price_message(taken.price),
         )
         claims = taken.request.claims
         executor.observer.request_received(self._peer, claims.request_id, claims.model)
+
+    async def _on_body(self, job: Job, data: bytes, is_last: bool) -> None:
+        if job.decoder is not None:
+            try:
+                data = job.decoder.feed(data)
+                if is_last:
+                    job.decoder.finish()
+            except RemoteProtocolError as exc:  # not what was stated: nothing more of it is decompressed
+                self._answering.note_end(job, exc.code)
+                self._drop_job(job)
+                self._executor.count_refused(self._peer, exc)
+                await self._send(self._machine.error(exc))
+                return
+        job.body.append(data)
+        if is_last:
+            self._ready.set()
 
     def _keep(self, served: ServedReceipt) -> None:
         self._unacked = {**dict(list(self._unacked.items())[-7:]), served.exchange: served}
@@ -231,8 +246,8 @@ class Session:
         """Give back what the job held. Idempotent; the next one may have come already, behind this one's END."""
         if self._job is job:
             self._job = None
-        self._executor.buffered_bytes -= job.body_length
-        job.body_length = 0
+        self._executor.buffered_bytes -= job.body_size
+        job.body_size = 0
         if job.ticket is not None:
             self._executor.leave(job.ticket)
         self._answering.note_end(job, "cancelled")  # where the stream ended before its body was complete

@@ -14,6 +14,7 @@ import trio
 
 from lloom_sidecar.errors import PeerUnreachableError, RefusedError, RemoteProtocolError, StreamLostError
 from lloom_sidecar.ids import PeerId
+from lloom_sidecar.protocol import compression
 from lloom_sidecar.protocol.claims import check_receipt, price_message, salted_digest, seal_ack, seal_request
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.exchange import (
@@ -106,6 +107,11 @@ class Exchange:
         self._digest = hashlib.sha256(sent.salt)
         self._answer_bytes = 0
         self._events: list[Event] = []
+        self._decoder: compression.Decoder | None = None
+        """Of a compressed answer."""
+        self._room = 0
+        self._has_more = False
+        """True while the decoder may hold bytes of the answer that were not taken out of it."""
 
     @property
     def receipt(self) -> Receipt | None:
@@ -123,10 +129,15 @@ class Exchange:
         """
         while self.receipt is None:
             pieces: list[bytes] = []
-            while self._events:
+            if self._has_more:
+                self._unpack(b"", pieces)
+            while self._events and not self._has_more:
                 event = self._events.pop(0)
                 if isinstance(event, DataReceived):
-                    pieces.append(event.data)
+                    if self._decoder is None:
+                        pieces.append(event.data)
+                    else:
+                        self._unpack(event.data, pieces)
                 elif isinstance(event, EndReceived | ErrorReceived) and pieces:
                     self._events.insert(0, event)
                     break
@@ -140,6 +151,17 @@ class Exchange:
             if self.receipt is None:
                 self._events = await self._read()
         return None
+
+    def _unpack(self, data: bytes, pieces: list[bytes]) -> None:
+        """Decompress ``data`` behind ``pieces``, until these are full: what is over it waits, compressed."""
+        assert self._decoder is not None
+        if not pieces:
+            self._room = compression.PIECE_BYTES
+        piece = self._decoder.decode(data, self._room)
+        self._room -= len(piece)
+        self._has_more = self._room == 0
+        if piece:
+            pieces.append(piece)
 
     async def wait_first(self) -> None:
         """Wait until any frame of the answer has come. Raises as ``receive`` does."""
@@ -170,9 +192,13 @@ class Exchange:
         match event:
             case HeadReceived():
                 self.head = event
+                if event.encoding != pb.ENCODING_IDENTITY:
+                    self._decoder = compression.Decoder(event.encoding)
             case ErrorReceived(error=error):
                 raise error
             case EndReceived(receipt=envelope):
+                if self._decoder is not None:
+                    self._decoder.finish()
                 claims = check_receipt(
                     envelope,
                     client=self._signer.peer,
@@ -276,8 +302,15 @@ async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call, on_sen
         link.exchanges += 1
         link.last_received_at = trio.current_time()
         link.ping_misses = 0
+        packed = None
+        if len(call.body) >= compression.MIN_BYTES and pool.takes_compressed(link.peer):
+            packed = await _packed(call.body)
         on_sent(sent)
-        for data in machine.request(sent.request, salt, call.body):
+        if packed is None:
+            frames = machine.request(sent.request, salt, call.body)
+        else:
+            frames = machine.request(sent.request, salt, packed, pb.ENCODING_ZSTD, len(call.body))
+        for data in frames:
             await link.send(data)
         exchange = Exchange(link, signer, call, claims, sent)
         await exchange.wait_first()
@@ -293,3 +326,12 @@ async def _send(pool: StreamPool, link: Link, signer: Signer, call: Call, on_sen
         pool.discard(link)
         raise
     return exchange
+
+
+async def _packed(body: bytes) -> bytes | None:
+    """``body`` compressed, None when that brings nothing."""
+    if len(body) <= compression.IN_THREAD_BYTES:
+        packed = compression.compress(body)
+    else:
+        packed = await trio.to_thread.run_sync(compression.compress, body, abandon_on_cancel=True)
+    return packed if len(packed) < len(body) else None

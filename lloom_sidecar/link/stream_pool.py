@@ -155,12 +155,15 @@ class StreamPool:
         *,
         now_ms: Callable[[], int],
         on_use: Callable[[PeerId, bool], None] = lambda peer, is_used: None,
+        takes_compressed: Callable[[PeerId], bool] = lambda peer: False,
     ) -> None:
-        """``on_use(peer, True)`` when streams to a peer begin to be held, ``False`` when the last of them is gone."""
+        """``on_use(peer, True)`` when streams to a peer begin to be held, ``False`` when the last of them is gone.
+        ``takes_compressed``: what its hello said."""
         self._get_daemon = get_daemon
         self._say_hello = say_hello
         self._on_use = on_use
         self.now_ms = now_ms
+        self.takes_compressed = takes_compressed
         self._peers: dict[PeerId, _PeerStreams] = {}
         self._in_use: set[Link] = set()
 

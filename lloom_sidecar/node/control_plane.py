@@ -87,6 +87,7 @@ class ControlPlane:
     ) -> None:
         self.config = config
         self._signer = signer
+        self._features = [] if config.compression == "off" else ["compression"]
         self._me = me = signer.peer
         self._next_sequence = next_sequence
         self._get_daemon = get_daemon
@@ -350,6 +351,7 @@ class ControlPlane:
     def _node_info(self) -> pb.NodeInfo:
         return pb.NodeInfo(
             roles=[_ROLES[role] for role in self.config.roles],
+            features=self._features,
             max_streams=self._max_streams(),
             announcement=self._announcement(),
             software=SOFTWARE,

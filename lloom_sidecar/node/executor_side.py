@@ -48,6 +48,7 @@ class ExecutorSide:
         *,
         max_streams: Callable[[], int],
         may_ask: Callable[[PeerId], bool],
+        compresses_for: Callable[[PeerId], bool],
         key: Callable[[], NetworkKey | None],
         addrs: Callable[[], tuple[Multiaddr, ...]],
         executors_seen: Callable[[], int],
@@ -78,6 +79,8 @@ class ExecutorSide:
             max_streams=max_streams,
             price=config.price,
             may_ask=may_ask,
+            compresses_for=compresses_for,
+            compresses_streams=config.compression == "all",
             observer=observer,
             now_ms=now_ms,
         )

@@ -110,7 +110,13 @@ class Node:
             rng=rng,
         )
         self.quotes = QuoteWallet()
-        self.pool = StreamPool(self.daemon, self.control.greet, now_ms=now_ms, on_use=self._on_stream_use)
+        self.pool = StreamPool(
+            self.daemon,
+            self.control.greet,
+            now_ms=now_ms,
+            on_use=self._on_stream_use,
+            takes_compressed=self._takes_compressed,
+        )
         self.market = Market(self.pool, self.signer, self.quotes)
         self.serving = self._make_executor_side(rng) if config.is_executor else None
         self.api = self._make_api(rng) if config.is_client else None
@@ -122,6 +128,7 @@ class Node:
             self.signer,
             max_streams=lambda: max_streams(self.supervisor),
             may_ask=self.control.membership.may_ask,
+            compresses_for=self._takes_compressed,
             key=self.control.membership.current_key,
             addrs=self._announced_addrs,
             executors_seen=lambda: len(self.control.book),
@@ -152,7 +159,9 @@ class Node:
             router=router,
             book=control.book,
             settings=ApiSettings(
-                api_keys=read_secret_lines(key_file) if key_file is not None else (), max_price=self.config.max_price
+                api_keys=read_secret_lines(key_file) if key_file is not None else (),
+                max_price=self.config.max_price,
+                max_body_bytes=self.config.max_body_bytes,
             ),
             observer=self.observer,
             started_at_s=int(time.time()),
@@ -228,6 +237,9 @@ class Node:
 
     def _on_stream_use(self, peer: PeerId, is_used: bool) -> None:
         (self.control.tags.hold if is_used else self.control.tags.release)(peer)
+
+    def _takes_compressed(self, peer: PeerId) -> bool:
+        return self.config.compression != "off" and self.control.book.has_feature(peer, "compression")
 
     def daemon(self) -> Daemon:
         """The daemon of the moment. Raises DaemonUnavailableError."""

@@ -616,6 +616,11 @@ class PeerBook:
         hello = self._hellos.get(peer)
         return hello is not None and hello.is_member and now < hello.until
 
+    def has_feature(self, peer: PeerId, feature: str) -> bool:
+        """It stated that in its last hello on the connection that there is."""
+        hello = self._hellos.get(peer)
+        return hello is not None and feature in hello.features
+
     # ------------------------------------------------------------ questions
     def index_of(self, model: str) -> ModelIndex:
         """Executors of ``model`` without a copy, for ``choose``: live, dead ones included. Empty when there is none."""

@@ -92,6 +92,8 @@ class RequestReceived:
     salt: bytes
     body_length: int
     encoding: int
+    body_size: int
+    """Of a compressed body: its bytes before that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +330,12 @@ class RequesterStream(_Stream):
         self.state = State.OPENING
         return self._send(pb.Frame(open=pb.Open(version_major=VERSION_MAJOR, version_minor=VERSION_MINOR)))
 
-    def request(self, envelope: bytes, salt: bytes, body: bytes, encoding: int = pb.ENCODING_IDENTITY) -> list[bytes]:
+    def request(
+        self, envelope: bytes, salt: bytes, body: bytes, encoding: int = pb.ENCODING_IDENTITY, body_size: int = 0
+    ) -> list[bytes]:
         """Begin the next exchange: the REQUEST frame, then the body in frames of at most 64 KiB.
+
+        ``body`` is as it is sent; when ``encoding`` is another than identity, it had ``body_size`` bytes before.
 
         The first element may be sent alone; small bodies are joined to it, one write for both.
         """
@@ -340,7 +346,13 @@ class RequesterStream(_Stream):
         self.state = State.PENDING
         head = self._send(
             pb.Frame(
-                request=pb.Request(envelope=envelope, salt=salt, body_length=len(body), encoding=encoding)  # type: ignore[arg-type]
+                request=pb.Request(
+                    envelope=envelope,
+                    salt=salt,
+                    body_length=len(body),
+                    encoding=encoding,  # type: ignore[arg-type]
+                    body_size=body_size,
+                )
             )
         )
         if len(body) <= MAX_DATA_BYTES:
@@ -515,7 +527,14 @@ class ResponderStream(_Stream):
             self._has_begun_answer = False
             self._body_left = request.body_length
             self.state = State.BODY if self._body_left else State.ANSWERING
-            return RequestReceived(self.exchange, request.envelope, request.salt, request.body_length, request.encoding)
+            return RequestReceived(
+                self.exchange,
+                request.envelope,
+                request.salt,
+                request.body_length,
+                request.encoding,
+                request.body_size,
+            )
         if kind == "ack":
             self._expect(kind, self.state is not State.NEW and message.ack.exchange in self._unacked)
             self._unacked.remove(message.ack.exchange)

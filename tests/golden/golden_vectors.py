@@ -415,9 +415,25 @@ def build_hello() -> dict[str, Any]:
     return out
 
 
+def build_compression() -> dict[str, Any]:
+    """Made once: another version of a compressor may make other bytes of the same content. All must read these."""
+    zstd = (
+        "28b52ffd20d225020062840e1590391d96b5a2588736d26e80fd56e581215fffab046b586b0cb6135da2742e2732596ccdf61d2959d957"
+    )
+    zstd += "98f6909560f70e26e35c06b6095c0501004622a14214"
+    gzip = "1f8b0800000000000003ab56ca4c51b2523254d2514acec8cf4c4e2d56b28aae56ca4d2d2e4e4c4f55b2aa562acacf01d24a89c5c5"
+    gzip += "99c5258979252095f97925a94096959247a6526d6d6c6df520320500212f5c17d2000000"
+    return {
+        "content": (ANSWER * 3).hex(),
+        "zstd": {"encoding": pb.ENCODING_ZSTD, "bytes": zstd},
+        "gzip": {"encoding": pb.ENCODING_GZIP, "bytes": gzip},
+    }
+
+
 FILES = {
     "names.json": build_names,
     "frames.json": build_frames,
+    "compression.json": build_compression,
     "envelopes.json": build_envelopes,
     "network.json": build_network,
     "hello.json": build_hello,

@@ -13,6 +13,7 @@ from google.protobuf import json_format
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.protocol import claims, names
 from lloom_sidecar.protocol.announcement import open_announcement
+from lloom_sidecar.protocol.compression import decompress
 from lloom_sidecar.protocol.envelope import Signer, open_envelope, seal
 from lloom_sidecar.protocol.framing import FrameCutter, frame
 from lloom_sidecar.protocol.hello import (
@@ -51,6 +52,14 @@ def test_a_golden_frame_reads_back(kind: str) -> None:
 
 def test_every_kind_of_frame_has_a_golden_one() -> None:
     assert set(load("frames.json")) == {field.name for field in pb.Frame.DESCRIPTOR.fields}
+
+
+@pytest.mark.parametrize("name", ["zstd", "gzip"])
+def test_golden_compressed_bytes_are_decompressed(name: str) -> None:
+    document = load("compression.json")
+    content = bytes.fromhex(document["content"])
+    packed = bytes.fromhex(document[name]["bytes"])
+    assert decompress(packed, document[name]["encoding"], len(content)) == content
 
 
 @pytest.mark.parametrize("name", golden.envelopes())

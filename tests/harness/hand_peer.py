@@ -42,6 +42,8 @@ class HandPeer:
         self._node = RealNode(find_ours())
         self.signer = Signer.from_marshalled((self._node.directory / "identity.key").read_bytes())
         self.peer: PeerId = self._node.peer
+        self.features: tuple[str, ...] = ()
+        """What it states in hello."""
 
     def stop(self) -> None:
         """End its p2pd."""
@@ -93,7 +95,9 @@ class HandPeer:
 
     def info(self, *, roles: Sequence[pb.Role] = (pb.ROLE_CLIENT,), announcement: bytes = b"") -> pb.NodeInfo:
         """What it says of itself in hello."""
-        return pb.NodeInfo(roles=roles, max_streams=64, announcement=announcement, now_ms=now_ms())
+        return pb.NodeInfo(
+            roles=roles, features=self.features, max_streams=64, announcement=announcement, now_ms=now_ms()
+        )
 
     async def say_hello(
         self,

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import trio
 
 from lloom_sidecar.identity import load_network_keys
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.daemon import Daemon
+from lloom_sidecar.p2p.errors import StreamClosedError
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.protocol.announcement import seal_announcement
 from lloom_sidecar.protocol.claims import salted_digest, seal_ack, seal_receipt, seal_request
+from lloom_sidecar.protocol.compression import Encoder, compress, decompress
 from lloom_sidecar.protocol.envelope import Signer, seal
 from lloom_sidecar.protocol.exchange import BodyReceived, Event, OpenReceived, RequestReceived, ResponderStream, State
 from lloom_sidecar.protocol.framing import frame
@@ -183,6 +187,28 @@ async def test_a_request_made_by_hand_is_served_when_it_keeps_the_rules(
         assert (await wire.receive_kind("pong")).pong.payload == 7
 
 
+LONG = json.dumps({**json.loads(BODY), "pad": "The same again and again. " * 4000}).encode()
+BOMB = compress(bytes(1 << 30))
+"""32 KiB that would be a GiB."""
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [(pb.ENCODING_ZSTD, compress), (pb.ENCODING_GZIP, gzip.compress)])
+async def test_a_compressed_body_is_served(
+    network: Network, daemon: Daemon, hand: HandPeer, encoding: pb.Encoding, pack: Callable[[bytes], bytes]
+) -> None:
+    executor = network.executors[0]
+    sent = pack(LONG)
+    assert len(sent) < len(LONG) / 50
+    wire, accept = await open_request_stream(daemon, executor)
+    async with wire:
+        request = {"encoding": encoding, "body_size": len(LONG)}
+        draft = Draft(body=LONG, sent_body=sent, request=request)
+        await wire.send(*draft.frames(accept, executor, hand.signer))
+        data, last = await read_answer(wire)
+        assert json.loads(data)["choices"][0]["message"]["content"] == " w0 w1"
+        assert last.WhichOneof("kind") == "end"
+
+
 # ---------------------------------------------------------------- refused with ERROR
 def flip_last(envelope: bytes) -> bytes:
     return envelope[:-1] + bytes([envelope[-1] ^ 1])
@@ -216,7 +242,16 @@ REFUSED = {
     "model id with control characters": (Draft({"model": "a\nb"}), "bad_request"),
     "operation that is not served": (Draft({"operation": pb.OPERATION_RESPONSES}), "unsupported_operation"),
     "model that is not served": (Draft({"model": "another"}), "model_not_served"),
-    "compressed without agreement": (Draft(request={"encoding": pb.ENCODING_ZSTD}), "bad_request"),
+    "compressed, of no size": (Draft(request={"encoding": pb.ENCODING_ZSTD}), "bad_request"),
+    "compressed, over the limit": (
+        Draft(sent_body=BOMB, request={"encoding": pb.ENCODING_ZSTD, "body_size": 1 << 30}),
+        "body_too_large",
+    ),
+    "a bomb": (Draft(sent_body=BOMB, request={"encoding": pb.ENCODING_ZSTD, "body_size": 1 << 20}), "bad_encoding"),
+    "cut within its encoding": (
+        Draft(sent_body=gzip.compress(BODY)[:-1], request={"encoding": pb.ENCODING_GZIP, "body_size": len(BODY)}),
+        "bad_encoding",
+    ),
     "no body": (Draft(body=b""), "invalid_json"),
     "another body than the signed one": (Draft(sent_body=BODY.replace(b"chunks=2", b"chunks=3")), "bad_digest"),
     "body of another model": (Draft(body=body_of(model="another")), "model_mismatch"),
@@ -451,6 +486,7 @@ class Play:
         self.request = pb.RequestClaims.FromString(envelope.payload)
         self.request_digest = hashlib.sha256(event.envelope).digest()
         self.salt = event.salt
+        self.encoding = event.encoding
         self.body = b""
         self.data = b""
         self.is_honest = False
@@ -542,6 +578,24 @@ async def head_twice(play: Play) -> None:
     await play.read_to_end()
 
 
+async def cut_within_its_encoding(play: Play) -> None:
+    """Everything comes out, and the frame's own end is missing."""
+    play.data = b"".join(EVENTS)
+    encoder = Encoder()
+    head = play.machine.head("text/event-stream", encoding=pb.ENCODING_ZSTD)
+    await play.stream.send_all(head + play.machine.data(encoder.encode(play.data)))
+    await play.end(seal_receipt(play.receipt(), play.hand.signer))
+    await play.read_to_end()
+
+
+async def bomb(play: Play) -> None:
+    """32 KiB that would be a GiB for the application."""
+    head = play.machine.head("text/event-stream", encoding=pb.ENCODING_ZSTD)
+    with suppress(StreamClosedError):
+        await play.stream.send_all(head + play.machine.data(BOMB))
+    await play.read_to_end()
+
+
 async def checkpoint_for_end(play: Play) -> None:
     """A checkpoint is no END, whatever is in it."""
     await play.send_data()
@@ -590,6 +644,7 @@ HOSTILE: dict[str, Script] = {
     "END of nothing": only_end,
     "a header in HEAD": header_in_head,
     "HEAD twice": head_twice,
+    "cut within its encoding": cut_within_its_encoding,
     "CHECKPOINT for END": checkpoint_for_end,
     "ERROR behind DATA": error_behind_data,
     "more DATA than the receipt says": more_data_behind_end,
@@ -680,6 +735,62 @@ async def test_an_executor_made_by_hand_is_believed_when_it_keeps_the_rules(
         answer = await trio.to_thread.run_sync(lambda: client.chat("hi", model="by-hand"))
         assert (answer.status_code, answer.content) == (200, DOCUMENT)
         assert asked == ["by-hand", "by-hand"]
+
+
+async def test_a_bomb_as_an_answer_is_cut_off_in_small_memory(
+    network: Network, hand: HandPeer, key: NetworkKey
+) -> None:
+    client = network.client
+    assert client.process is not None
+    process = psutil.Process(client.process.pid)
+    before = process.memory_info().rss
+    async with executor_by_hand(network, hand, key, "bomb", bomb):
+        status, events, is_whole = await trio.to_thread.run_sync(ask_streamed, client, "bomb")
+        assert status >= 500 or not is_whole
+        assert json.loads(events[-1])["error"]["code"] == "sse_event_too_large"
+        answer = await trio.to_thread.run_sync(lambda: client.chat("hi", model="bomb"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "answer_too_large")
+    assert process.memory_info().rss - before < 256 << 20
+    assert (await trio.to_thread.run_sync(client.chat, "chunks=1")).status_code == 200
+
+
+@pytest.mark.parametrize("features", [(), ("compression",)])
+async def test_compressed_is_sent_only_to_who_takes_it(
+    network: Network, hand: HandPeer, key: NetworkKey, features: tuple[str, ...]
+) -> None:
+    seen: list[tuple[int, bytes]] = []
+
+    async def note(play: Play) -> None:
+        seen.append((play.encoding, play.body))
+        play.body = decompress(play.body, play.encoding, 1 << 20) if play.encoding else play.body
+        await honest(play)
+
+    client = network.client
+    model = f"packed-{len(features)}"
+    hand.features = features
+    try:
+        async with executor_by_hand(network, hand, key, model, note):
+            answer = await trio.to_thread.run_sync(lambda: client.chat("again " * 2000, model=model))
+            assert (answer.status_code, answer.content) == (200, DOCUMENT)
+            # And the other way: what the hand asks of a real executor.
+            executor = network.executors[0]
+            async with hand.daemon(executor) as daemon:
+                assert isinstance(await hand.say_hello(daemon, executor, [key]), HelloDone)
+                wire, accept = await open_request_stream(daemon, executor)
+                async with wire:
+                    body = body_of(messages=[{"role": "user", "content": "chunks=500"}])
+                    await wire.send(*Draft(body=body).frames(accept, executor, hand.signer))
+                    head = (await wire.receive_kind("head")).head
+                    data, last = await read_answer(wire)
+                    assert last.WhichOneof("kind") == "end"
+    finally:
+        hand.features = ()
+    ((encoding, body),) = seen
+    expected = pb.ENCODING_ZSTD if features else pb.ENCODING_IDENTITY
+    assert (encoding, head.encoding) == (expected, expected)
+    assert (len(body) < 1000) is bool(features)
+    document = decompress(data, head.encoding, 1 << 20) if head.encoding else data
+    assert len(json.loads(document)["choices"][0]["message"]["content"]) > 1500
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lloom_sidecar.errors import AnnouncementError, ConfigError, ProtocolError, 
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.protocol import claims, names
 from lloom_sidecar.protocol.announcement import open_announcement, seal_announcement
+from lloom_sidecar.protocol.compression import Decoder, SizedDecoder, compress
 from lloom_sidecar.protocol.envelope import MAX_ENVELOPE_BYTES, Signer, open_envelope, seal
 from lloom_sidecar.protocol.exchange import RequesterStream, ResponderStream, State
 from lloom_sidecar.protocol.framing import FrameCutter, frame
@@ -348,3 +350,34 @@ def test_bytes_from_a_peer_are_an_address_or_raise_value_error(raw: bytes) -> No
         assert Multiaddr.parse(str(address)).raw == raw
     with contextlib.suppress(ValueError):
         assert PeerId.parse(str(PeerId(raw))).raw == raw
+
+
+@FEW
+@given(st.binary(max_size=2000), st.sampled_from([pb.ENCODING_ZSTD, pb.ENCODING_GZIP]), CUTS, st.integers(1, 100))
+def test_what_was_compressed_comes_back_however_it_is_cut(
+    content: bytes, encoding: pb.Encoding, cuts: list[int], room: int
+) -> None:
+    packed = compress(content) if encoding == pb.ENCODING_ZSTD else gzip.compress(content)
+    decoder, out = Decoder(encoding), b""
+    for part in pieces(packed, cuts):
+        piece = decoder.decode(part, room)
+        while piece:
+            assert len(piece) <= room
+            out += piece
+            piece = decoder.decode(b"", room)
+    decoder.finish()
+    assert out == content
+
+
+@FEW
+@given(st.binary(min_size=1, max_size=300), st.sampled_from([pb.ENCODING_ZSTD, pb.ENCODING_GZIP]), st.integers(0, 300))
+def test_what_is_not_compressed_right_is_refused_and_nothing_else_happens(
+    garbage: bytes, encoding: pb.Encoding, at: int
+) -> None:
+    packed = bytearray(compress(b"words " * 50) if encoding == pb.ENCODING_ZSTD else gzip.compress(b"words " * 50))
+    packed[at % len(packed) : at % len(packed) + len(garbage)] = garbage
+    for data in (garbage, bytes(packed)):
+        decoder = SizedDecoder(encoding, 300)
+        with contextlib.suppress(RemoteProtocolError):
+            assert len(decoder.feed(data)) <= 300
+            decoder.finish()

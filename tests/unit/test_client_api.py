@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Call
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
+from lloom_sidecar.protocol.compression import compress
 from lloom_sidecar.protocol.exchange import HeadReceived
 from lloom_sidecar.protocol.offers import Announcement, Kind, Load, ModelOffer
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
@@ -456,3 +458,40 @@ class TestLeaving:
             for _ in range(3):
                 b.router.script = [b"{}"]
                 assert (await b.post()).status_code == 200
+
+
+class TestCompressedBodies:
+    @pytest.mark.parametrize(
+        ("coding", "pack"),
+        [
+            ("zstd", compress),
+            ("gzip", gzip.compress),
+            ("x-gzip", gzip.compress),
+            ("GZIP", gzip.compress),
+            ("identity", bytes),
+        ],
+    )
+    async def test_the_call_is_what_was_meant(self, coding: str, pack: Callable[[bytes], bytes]) -> None:
+        raw = json.dumps(BODY).encode()
+        async with bench(b"{}") as b:
+            response = await b.post(pack(raw), content_encoding=coding)
+            assert response.status_code == 200
+            assert b.router.calls[0].body == raw
+
+    @pytest.mark.parametrize(
+        ("coding", "body", "status", "code"),
+        [
+            ("br", b"x", 415, "content_encoding"),
+            ("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415, "content_encoding"),
+            ("zstd", b"{}", 400, "bad_encoding"),
+            ("gzip", gzip.compress(b"{}")[:-1], 400, "bad_encoding"),
+            ("gzip", gzip.compress(b"{}") + b"{}", 400, "bad_encoding"),
+            ("zstd", compress(bytes(1 << 28)), 413, "body_too_large"),
+            ("gzip", gzip.compress(bytes(1 << 26)), 413, "body_too_large"),
+        ],
+    )
+    async def test_refusals(self, coding: str, body: bytes, status: int, code: str) -> None:
+        async with bench(max_body_bytes=10_000) as b:
+            response = await b.post(body, content_encoding=coding)
+            assert (response.status_code, error_of(response)["code"]) == (status, code)
+            assert b.router.calls == []

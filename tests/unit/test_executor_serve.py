@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +28,7 @@ from lloom_sidecar.http.errors import IncompleteBodyError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.protocol.claims import check_receipt, salted_digest, seal_ack, seal_request
+from lloom_sidecar.protocol.compression import Decoder, compress
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.exchange import (
     Accepted,
@@ -124,20 +127,30 @@ class Requester:
         }
         signer = changes.pop("signer", CLIENT)
         encoding = changes.pop("encoding", pb.ENCODING_IDENTITY)
+        sent = changes.pop("sent", raw)  # as it is sent, when that is compressed
+        body_size = changes.pop("body_size", 0)
         self.claims = pb.RequestClaims(**(fields | changes))
         self.envelope = seal_request(self.claims, signer)
-        for data in self.machine.request(self.envelope, SALT, raw, encoding)[:parts]:
+        for data in self.machine.request(self.envelope, SALT, sent, encoding, body_size)[:parts]:
             await self.stream.send_all(data)
 
     async def answer(self) -> bytes:
         """The DATA of the answer, once its receipt holds."""
         answer = b""
+        decoder: Decoder | None = None
+        self.encoding: int = pb.ENCODING_IDENTITY
+        self.sent_bytes = 0
         while True:
             event = await self.next()
             match event:
+                case HeadReceived(encoding=encoding) if encoding != pb.ENCODING_IDENTITY:
+                    self.encoding, decoder = encoding, Decoder(encoding)
                 case DataReceived(data=data):
-                    answer += data
+                    self.sent_bytes += len(data)
+                    answer += data if decoder is None else decoder.decode(data, 1 << 26)
                 case EndReceived(receipt=receipt):
+                    if decoder is not None:
+                        decoder.finish()
                     check_receipt(
                         receipt,
                         client=CLIENT.peer,
@@ -187,6 +200,8 @@ class Bench:
             may_ask=lambda peer: self.is_member,
             observer=self.observer,
             now_ms=lambda: self.now_ms,
+            compresses_for=lambda peer: settings.get("compresses", False),
+            compresses_streams=settings.get("compresses_streams", False),
         )
         self.buffer_bytes: int | None = settings.get("buffer_bytes")
         self.streams: list[P2PStream] = []
@@ -425,6 +440,8 @@ class TestRefusals:
             ({"deadline_ms": 0}, "bad_request"),
             ({"operation": pb.OPERATION_RESPONSES}, "unsupported_operation"),
             ({"encoding": pb.ENCODING_GZIP}, "bad_request"),
+            ({"encoding": pb.ENCODING_GZIP, "body_size": (32 << 20) + 1}, "body_too_large"),
+            ({"encoding": 9, "body_size": 9}, "bad_encoding"),
             ({"model": "other"}, "model_not_served"),
         ],
     )
@@ -872,3 +889,104 @@ def test_offers_carry_the_price_and_vanish_with_the_backend() -> None:
             assert b.executor.offers() == ()
 
     trio.run(main)
+
+
+LONG = {**STREAMED, "messages": [{"role": "user", "content": "A sentence that is said again and again. " * 4000}]}
+
+
+class TestCompression:
+    @pytest.mark.parametrize("encoding", [pb.ENCODING_ZSTD, pb.ENCODING_GZIP])
+    async def test_a_compressed_body_is_the_one_that_was_signed(self, encoding: pb.Encoding) -> None:
+        body = json.dumps(LONG).encode()
+        sent = compress(body) if encoding == pb.ENCODING_ZSTD else gzip.compress(body)
+        async with bench() as b:
+            r = await b.open()
+            for _ in range(2):
+                await r.ask(LONG, sent=sent, encoding=encoding, body_size=len(body))
+                assert await r.answer() == b"".join(sse(*HELLO[:3]))
+            assert json.loads(b.backend.calls[0].body)["messages"] == LONG["messages"]
+            assert b.is_idle()
+
+    async def test_what_is_held_counts_as_it_will_be_decompressed(self) -> None:
+        body = json.dumps(LONG).encode()
+        async with bench(limits=ExecutorLimits(buffered_bodies_bytes=len(body) - 1)) as b:
+            r = await b.open()
+            await r.ask(LONG, sent=compress(body), encoding=pb.ENCODING_ZSTD, body_size=len(body))
+            assert (await r.error()).code == "busy"
+            assert b.is_idle()
+
+    @pytest.mark.parametrize(
+        ("sent", "body_size"),
+        [
+            (compress(bytes(1 << 30)), 1000),  # a bomb
+            (compress(bytes(1 << 30)), 32 << 20),  # within what may be said, and still not what was said
+            (compress(bytes(1000)), 1001),
+            (compress(bytes(1000))[:-1], 1000),
+            (compress(bytes(1000)) + b"x", 1000),
+            (os.urandom(200_000), 1000),  # refused long before its last frame
+        ],
+    )
+    async def test_what_is_not_as_it_was_stated_is_refused_and_the_stream_goes_on(
+        self, sent: bytes, body_size: int
+    ) -> None:
+        async with bench() as b:
+            r = await b.open()
+            await r.ask(bytes(1000), sent=sent, encoding=pb.ENCODING_ZSTD, body_size=body_size)
+            assert (await r.error()).code == "bad_encoding"
+            assert (b.observer.refusals, b.observer.ended) == (["bad_encoding"], ["bad_encoding"])
+            assert b.is_idle()
+            assert b.backend.calls == []
+            await r.ask()
+            assert await r.answer()
+
+    async def test_a_document_goes_compressed_to_who_takes_it(self) -> None:
+        script = sse(chunk("word " * 1000), chunk("", "stop"), USAGE)
+        for takes in (False, True):
+            async with bench(script, compresses=takes) as b:
+                r = await b.open()
+                await r.ask(WHOLE)
+                answer = await r.answer()
+                assert json.loads(answer)["choices"][0]["message"]["content"] == "word " * 1000
+                assert r.encoding == (pb.ENCODING_ZSTD if takes else pb.ENCODING_IDENTITY)
+                assert (r.sent_bytes < len(answer) / 10) is takes
+
+    async def test_a_large_document_and_one_that_does_not_shrink(self) -> None:
+        noise = "".join(chr(0x20 + byte % 0x40) for byte in os.urandom(400_000)).replace('"', "x").replace("\\", "x")
+        for text, encoding in (("word " * 100_000, pb.ENCODING_ZSTD), (noise, pb.ENCODING_ZSTD), ("hi", 0)):
+            async with bench(sse(chunk(text), chunk("", "stop"), USAGE), compresses=True) as b:
+                r = await b.open()
+                await r.ask(WHOLE)
+                assert json.loads(await r.answer())["choices"][0]["message"]["content"] == text
+                assert r.encoding == encoding
+        raw = os.urandom(3000)
+        async with bench([raw], compresses=True) as b:
+            r = await b.open()
+            await r.ask({"model": "m", "input": "x"}, operation=pb.OPERATION_EMBEDDINGS)
+            assert await r.answer() == raw
+            assert r.encoding == pb.ENCODING_IDENTITY
+
+    async def test_a_stream_goes_compressed_by_setting_only_and_each_piece_at_once(self) -> None:
+        gate = trio.Event()
+        for streams in (False, True):
+            gate = trio.Event()
+            events = sse(*[chunk("word ")] * 50, done=False)
+            script: list[Line] = [*events, gate, *sse(chunk("", "stop"), USAGE)]
+            async with bench(script, compresses=True, compresses_streams=streams) as b:
+                r = await b.open()
+                await r.ask()
+                head = await r.next()
+                assert isinstance(head, HeadReceived)
+                assert head.encoding == (pb.ENCODING_ZSTD if streams else pb.ENCODING_IDENTITY)
+                first = await r.next()
+                assert isinstance(first, DataReceived)
+                out = Decoder(pb.ENCODING_ZSTD).decode(first.data, 1 << 20) if streams else first.data
+                assert out == sse(chunk("word "))[0]
+                gate.set()
+        async with bench(
+            sse(*[chunk("word ")] * 200, chunk("", "stop")), compresses=True, compresses_streams=True
+        ) as b:
+            r = await b.open()
+            await r.ask()
+            answer = await r.answer()
+            assert answer == b"".join(sse(*[chunk("word ")] * 200, chunk("", "stop")))
+            assert r.sent_bytes < len(answer) / 3

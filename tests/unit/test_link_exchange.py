@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,8 +29,10 @@ from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Call, Exchange, Sent, open_exchange
 from lloom_sidecar.link.stream_pool import WRITE_STALL_S, StreamPool
 from lloom_sidecar.protocol.claims import check_ack, salted_digest
-from lloom_sidecar.protocol.envelope import Signer
+from lloom_sidecar.protocol.compression import PIECE_BYTES, Encoder, compress, decompress
+from lloom_sidecar.protocol.envelope import Signer, open_envelope
 from lloom_sidecar.protocol.exchange import BodyReceived, RequestReceived
+from lloom_sidecar.protocol.names import KIND_REQUEST
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 from tests.fakes.request_stream import CLIENT, EXECUTOR, NOW_MS, Asked, FakeStreamDaemon, Responder, Script, serve
@@ -50,12 +54,14 @@ PIECES = (b"data: one\n\n", b"data: two\n\n")
 class Bench:
     """A pool on a fake daemon, and the clock that requests are signed with."""
 
-    def __init__(self, nursery: trio.Nursery, *scripts: Script) -> None:
+    def __init__(self, nursery: trio.Nursery, *scripts: Script, takes_compressed: bool = False) -> None:
         self.nursery = nursery
         self.daemon = FakeStreamDaemon(nursery)
         self.daemon.play(*scripts)
         self.hellos = 0
-        self.pool = StreamPool(lambda: self.daemon, self.say_hello, now_ms=lambda: NOW_MS)
+        self.pool = StreamPool(
+            lambda: self.daemon, self.say_hello, now_ms=lambda: NOW_MS, takes_compressed=lambda peer: takes_compressed
+        )
 
     async def say_hello(self, peer: PeerId) -> None:
         self.hellos += 1
@@ -75,9 +81,9 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(*scripts: Script) -> AsyncIterator[Bench]:
+async def bench(*scripts: Script, takes_compressed: bool = False) -> AsyncIterator[Bench]:
     async with trio.open_nursery() as nursery:
-        b = Bench(nursery, *scripts)
+        b = Bench(nursery, *scripts, takes_compressed=takes_compressed)
         try:
             yield b
         finally:
@@ -661,4 +667,128 @@ async def test_errors_are_lloom_errors_whatever_the_responder_does(autojump_cloc
             await b.nursery.start(b.pool.run)
             with pytest.raises(LloomError):
                 await b.ask()
+            assert b.is_clean()
+
+
+def packed_answer(*pieces: bytes, encoding: int = pb.ENCODING_ZSTD, content: bytes = b"") -> Script:
+    """One answer whose DATA are ``pieces``, with a receipt for ``content``."""
+
+    async def act(far: Responder, asked: Asked) -> None:
+        m = far.machine
+        head = m.head("text/event-stream", encoding=encoding)
+        await far.send_raw(head + b"".join(m.data(piece) for piece in pieces))
+        await far.send_raw(m.end(far.receipt(asked, content)))
+
+    return then(act)
+
+
+class TestCompression:
+    @pytest.mark.parametrize(
+        ("body", "takes", "is_packed"),
+        [
+            (b"x" * 1023, True, False),  # too short
+            (b"x" * 1024, True, True),
+            (b"x" * 1024, False, False),  # not asked for
+            (os.urandom(5000), True, False),  # does not shrink
+            (b"words " * 100_000, True, True),  # in a thread
+        ],
+    )
+    async def test_a_body_goes_compressed_where_that_is_agreed_and_pays(
+        self, body: bytes, takes: bool, is_packed: bool
+    ) -> None:
+        seen: list[tuple[RequestReceived, bytes]] = []
+
+        async def script(far: Responder) -> None:
+            await far.accept()
+            request = await far.read()
+            assert isinstance(request, RequestReceived)
+            sent = b""
+            while len(sent) < request.body_length:
+                event = await far.read()
+                assert isinstance(event, BodyReceived)
+                sent += event.data
+            seen.append((request, sent))
+            opened = open_envelope(request.envelope, KIND_REQUEST, expected_signer=CLIENT.peer)
+            claims = pb.RequestClaims.FromString(opened.payload)
+            await answer(far, Asked(1, request.envelope, request.salt, sent, claims))
+            await far.until_closed()
+
+        async with bench(script, takes_compressed=takes) as b:
+            assert await b.ask(replace(CALL, body=body)) == b"".join(PIECES)
+            request, sent = seen[0]
+            if is_packed:
+                assert (request.encoding, request.body_size) == (pb.ENCODING_ZSTD, len(body))
+                assert decompress(sent, pb.ENCODING_ZSTD, len(body)) == body
+            else:
+                assert (request.encoding, request.body_size, sent) == (pb.ENCODING_IDENTITY, 0, body)
+            claims = pb.RequestClaims.FromString(
+                open_envelope(request.envelope, KIND_REQUEST, expected_signer=CLIENT.peer).payload
+            )
+            assert claims.body_digest == salted_digest(request.salt, body)
+
+    @pytest.mark.parametrize("step", [1, 50, 60_000])
+    @pytest.mark.parametrize("encoding", [pb.ENCODING_ZSTD, pb.ENCODING_GZIP])
+    async def test_an_answer_is_decompressed_and_its_receipt_is_about_that(self, encoding: int, step: int) -> None:
+        content = b"".join(PIECES) * 100
+        data = compress(content) if encoding == pb.ENCODING_ZSTD else gzip.compress(content)
+        pieces = [data[at : at + step] for at in range(0, len(data), step)]
+        async with bench(packed_answer(*pieces, encoding=encoding, content=content)) as b:
+            assert await b.ask() == content
+
+    async def test_each_piece_of_a_compressed_stream_is_given_at_once(self) -> None:
+        encoder = Encoder()
+
+        async def act(far: Responder, asked: Asked) -> None:
+            m = far.machine
+            await far.send_raw(m.head("text/event-stream", encoding=pb.ENCODING_ZSTD))
+            for piece in PIECES:
+                await far.send_raw(m.data(encoder.encode(piece)))
+                await gates.pop(0).wait()
+            await far.send_raw(m.data(encoder.finish()) + m.end(far.receipt(asked, b"".join(PIECES))))
+
+        gates = [trio.Event(), trio.Event()]
+        waiting = list(gates)
+        async with bench(then(act)) as b, b.open() as exchange:
+            for piece, gate in zip(PIECES, waiting, strict=True):
+                assert await exchange.receive() == piece
+                gate.set()
+            assert await exchange.receive() is None
+
+    async def test_a_bomb_comes_out_in_bounded_pieces(self) -> None:
+        content = bytes(20 << 20)
+        bomb = compress(content)
+        assert len(bomb) < 60_000
+        async with bench(packed_answer(bomb, content=content)) as b, b.open() as exchange:
+            sizes = []
+            while (piece := await exchange.receive()) is not None:
+                sizes.append(len(piece))
+            assert sum(sizes) == len(content)
+            assert max(sizes) <= PIECE_BYTES
+
+    async def test_many_small_frames_that_are_bombs_together(self) -> None:
+        encoder = Encoder()
+        pieces = [encoder.encode(bytes(PIECE_BYTES // 2 + 1)) for _ in range(40)]
+        content = bytes((PIECE_BYTES // 2 + 1) * 40)
+        async with bench(packed_answer(*pieces, encoder.finish(), content=content)) as b, b.open() as exchange:
+            sizes = []
+            while (piece := await exchange.receive()) is not None:
+                sizes.append(len(piece))
+            assert (sum(sizes), max(sizes)) == (len(content), PIECE_BYTES)
+
+    @pytest.mark.parametrize(
+        ("pieces", "encoding"),
+        [
+            ((compress(b"text")[:-1],), pb.ENCODING_ZSTD),  # cut: END before the frame's own end
+            ((gzip.compress(b"text")[:-1],), pb.ENCODING_GZIP),
+            ((compress(b"text"), b"more"), pb.ENCODING_ZSTD),
+            ((compress(b"text"),), pb.ENCODING_GZIP),
+            ((b"text",), pb.ENCODING_ZSTD),
+            ((b"text",), 9),
+        ],
+    )
+    async def test_what_cannot_be_decompressed_is_a_failure(self, pieces: tuple[bytes, ...], encoding: int) -> None:
+        async with bench(packed_answer(*pieces, encoding=encoding, content=b"text")) as b:
+            with pytest.raises(RemoteProtocolError) as caught:
+                await b.ask()
+            assert (caught.value.code, caught.value.http_status) == ("bad_encoding", 502)
             assert b.is_clean()

@@ -49,10 +49,10 @@ def ended(count: int = 1) -> tuple[RequesterStream, ResponderStream]:
 class TestDialogue:
     def test_a_whole_exchange(self) -> None:
         requester, responder = opened()
-        (data,) = requester.request(b"envelope", SALT, b"body", pb.ENCODING_GZIP)
+        (data,) = requester.request(b"envelope", SALT, b"body", pb.ENCODING_GZIP, 70_000)
         assert requester.state is State.PENDING
         assert responder.receive(data) == [
-            ex.RequestReceived(1, b"envelope", SALT, 4, pb.ENCODING_GZIP),
+            ex.RequestReceived(1, b"envelope", SALT, 4, pb.ENCODING_GZIP, 70_000),
             ex.BodyReceived(b"body", is_last=True),
         ]
         assert requester.receive(responder.head("text/event-stream", backend_us=9, encoding=pb.ENCODING_ZSTD)) == [
@@ -88,7 +88,7 @@ class TestDialogue:
         assert (event.error.code, event.error.message) == ("peer_busy", "All slots are taken.")
         assert (event.error.http_status, event.error.retryable, event.error.retry_after_s) == (503, True, 1.5)
         for data in requester.request(b"envelope", SALT, b""):
-            assert responder.receive(data) == [ex.RequestReceived(2, b"envelope", SALT, 0, 0)]
+            assert responder.receive(data) == [ex.RequestReceived(2, b"envelope", SALT, 0, 0, 0)]
 
     def test_a_refusal_before_the_body_drops_what_still_comes(self) -> None:
         requester, responder = opened()

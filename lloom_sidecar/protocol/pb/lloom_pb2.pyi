@@ -172,16 +172,18 @@ class Accept(_message.Message):
     def __init__(self, now_ms: _Optional[int] = ..., challenge: _Optional[bytes] = ..., max_streams: _Optional[int] = ..., max_body_bytes: _Optional[int] = ..., version_minor: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("envelope", "salt", "body_length", "encoding")
+    __slots__ = ("envelope", "salt", "body_length", "encoding", "body_size")
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
     BODY_LENGTH_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
+    BODY_SIZE_FIELD_NUMBER: _ClassVar[int]
     envelope: bytes
     salt: bytes
     body_length: int
     encoding: Encoding
-    def __init__(self, envelope: _Optional[bytes] = ..., salt: _Optional[bytes] = ..., body_length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ...) -> None: ...
+    body_size: int
+    def __init__(self, envelope: _Optional[bytes] = ..., salt: _Optional[bytes] = ..., body_length: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., body_size: _Optional[int] = ...) -> None: ...
 
 class RequestClaims(_message.Message):
     __slots__ = ("request_id", "executor", "issued_at_ms", "challenge", "exchange", "deadline_ms", "operation", "model", "body_digest", "max_price", "quote_id", "max_cost", "max_cost_set", "priority", "idempotency_key", "traceparent")
