@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from lloom_sidecar.config import BOOTSTRAP_FILE_NAME, NETWORK_KEY_NAME, read_bootstrap_file
 from lloom_sidecar.errors import LloomError
-from lloom_sidecar.identity import load_network_keys, prepare_home, write_private_file
+from lloom_sidecar.identity import IDENTITY_NAME, load_network_keys, prepare_home, write_private_file
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.protocol.envelope import SEED_BYTES, Signer
 from lloom_sidecar.protocol.network_key import (
@@ -108,6 +108,17 @@ def take_network(home: Path, folder: Path, me: PeerId) -> None:
     validators = read_bootstrap_file(folder / BOOTSTRAP_FILE_NAME)
     write_bootstrap_file(home, (addr for addr in validators if addr.peer_id != me))
     _write(network_key_path(home), key, replace=True)
+
+
+def share_with_p2pd(home: Path, folder: Path) -> None:
+    """Make ``folder`` a home for ``lloom-sidecar p2pd``: the identity and the validators, and nothing else of ``home``.
+
+    p2pd talks to strangers; in a container of its own it sees neither the network key nor the ledger.
+    Raises LloomError, ConfigError.
+    """
+    prepare_home(folder)
+    _write(folder / IDENTITY_NAME, read_given(home / IDENTITY_NAME), replace=True)
+    write_bootstrap_file(folder, read_bootstrap_file(home / BOOTSTRAP_FILE_NAME))
 
 
 def rotate_network(home: Path, *, keep_old_s: int, now_ms: int) -> NetworkKeys:

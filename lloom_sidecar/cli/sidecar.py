@@ -35,15 +35,17 @@ def main() -> None:
 @click.option("--home", metavar="PATH", help="Folder of the node's state.  [env: LLOOM_HOME]")
 @click.option("--identity", type=_FILE, metavar="FILE", help="Identity to take where the home has none yet.")
 @click.option("--network", type=_FILE, metavar="DIR", help="Take network.key and bootstrap from here, each time.")
-def init(home: str | None, identity: Path | None, network: Path | None) -> None:
+@click.option("--p2pd-home", type=_FILE, metavar="DIR", help="Make a home for `lloom-sidecar p2pd` too, each time.")
+def init(home: str | None, identity: Path | None, network: Path | None, p2pd_home: Path | None) -> None:
     """Make the node's home and its identity; does nothing where they exist.
 
-    Prints the peer id. --identity and --network are for containers that get both as mounted files.
+    Prints the peer id. The other options are for containers: --identity and --network take mounted files, --p2pd-home
+    gives p2pd's container the identity and nothing else.
 
     \b
     Example: lloom-sidecar init --home ~/lloom
     """
-    from lloom_sidecar.cli.network_files import read_given, take_network
+    from lloom_sidecar.cli.network_files import read_given, share_with_p2pd, take_network
     from lloom_sidecar.identity import init_home
 
     try:
@@ -51,6 +53,8 @@ def init(home: str | None, identity: Path | None, network: Path | None) -> None:
         signer, is_new = init_home(where, None if identity is None else read_given(identity))
         if network is not None:
             take_network(where, network, signer.peer)
+        if p2pd_home is not None:
+            share_with_p2pd(where, p2pd_home.absolute())
     except LloomError as exc:
         _end(exc)
     output.say(f"{'made' if is_new else 'found'} the identity in {where}")
@@ -102,7 +106,8 @@ def p2pd(config_file: str | None, **flags: Any) -> None:
     """Become the p2pd of a node that runs elsewhere, for instance in the container beside this one.
 
     Takes the settings of `run` and starts p2pd as `run` would, at --p2pd-control; `run` with the same
-    --p2pd-control attaches to it. Both need the same home (for the identity) and see the socket under the same path.
+    --p2pd-control attaches to it. Both see the socket under the same path; the home here needs only the identity
+    (`init --p2pd-home`).
 
     \b
     Example: lloom-sidecar p2pd --role client --p2pd-control /unix/run/lloom/p2pd.sock

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.slow]
 
-NODES = ("validator", "executor", "client")
+NODES = ("validator", "executor-1", "executor-2", "client")
+P2PDS = tuple(f"{node}-p2pd" for node in NODES)
 PROJECT = "lloom"
 LABEL = f"com.docker.compose.project={PROJECT}"
 MODEL = "smollm2:135m"
@@ -105,7 +107,7 @@ def compose() -> Iterator[Compose]:
 def test_every_node_is_healthy_and_the_one_shot_ended_well(compose: Compose) -> None:
     rows = [json.loads(line) for line in compose.run("ps", "--all", "--format", "json").splitlines()]
     states = {row["Service"]: (row["State"], row["Health"], row["ExitCode"]) for row in rows}
-    assert states == {"init": ("exited", "", 0)} | dict.fromkeys(NODES, ("running", "healthy", 0))
+    assert states == {"init": ("exited", "", 0)} | dict.fromkeys((*NODES, *P2PDS), ("running", "healthy", 0))
 
 
 async def ask(client: httpx.AsyncClient, url: str) -> tuple[httpx.Response, list[str]]:
@@ -130,7 +132,8 @@ async def test_a_streamed_answer_comes_through_the_published_port(compose: Compo
                 response, lines = await ask(client, compose.api)
     assert response.status_code == 200, lines
     assert response.headers["content-type"].startswith("text/event-stream")
-    assert response.headers["x-lloom-executor"] == compose.peer_ids()["executor"]
+    peers = compose.peer_ids()
+    assert response.headers["x-lloom-executor"] in (peers["executor-1"], peers["executor-2"])
     assert all(line.startswith(("data: ", ":")) for line in lines), lines  # a colon starts a comment: keep-alive
     data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
     assert data[-1] == "[DONE]"
@@ -161,10 +164,16 @@ def test_only_the_api_is_published_and_only_to_this_machine(compose: Compose) ->
     assert published == {("client", "4880/tcp", "127.0.0.1")}
 
 
-def test_homes_are_private_and_nodes_do_not_share_them(compose: Compose) -> None:
-    nodes = {service: c for service, c in compose.inspect().items() if service in NODES}
-    volumes = {service: [m["Name"] for m in c["Mounts"] if m["Type"] == "volume"] for service, c in nodes.items()}
-    assert volumes == {node: [f"{PROJECT}_{node}"] for node in NODES}
+def test_homes_are_private_and_p2pd_sees_none(compose: Compose) -> None:
+    """The container that talks to strangers has the identity and the sockets of its node, no key of the network."""
+    volumes = {
+        service: {m["Name"].removeprefix(f"{PROJECT}_") for m in c["Mounts"] if m["Type"] == "volume"}
+        for service, c in compose.inspect().items()
+        if service != "init"
+    }
+    assert volumes == {node: {node, f"{node}-run"} for node in NODES} | {
+        f"{node}-p2pd": {f"{node}-run"} for node in NODES
+    }
     for node in NODES:
         modes = compose.run("exec", "-T", node, "stat", "-c", "%a %u", ".", "identity.key", "network.key")
         assert modes.splitlines() == ["700 10001", "600 10001", "600 10001"], node
@@ -175,6 +184,35 @@ def test_another_up_keeps_identities_and_network(compose: Compose) -> None:
     assert len(set(before.values())) == len(NODES)
     compose.run("up", "--wait", "--wait-timeout", "120", "--force-recreate", timeout_s=180)
     assert compose.peer_ids() == before
+
+
+async def test_each_process_that_is_killed_comes_back_and_answers_go_on(compose: Compose) -> None:
+    """The engine starts a container again whose process died; the node finds its p2pd again, or p2pd its node."""
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        for service in (*P2PDS, *NODES):
+            container = compose.sdk.containers.get(compose.inspect()[service]["Id"])
+            os.kill(container.attrs["State"]["Pid"], signal.SIGKILL)
+            with trio.fail_after(FIRST_ANSWER_TIMEOUT_S):
+                while not await is_answered(client, compose.api):
+                    await trio.sleep(0.25)
+        with trio.fail_after(FIRST_ANSWER_TIMEOUT_S):
+            while set(states(compose).values()) != {"healthy"}:
+                await trio.sleep(0.5)
+
+
+async def is_answered(client: httpx.AsyncClient, url: str) -> bool:
+    """Ask once; the client's own container may be the one that is away."""
+    try:
+        response, lines = await ask(client, url)
+    except httpx.TransportError:
+        return False
+    return response.status_code == 200 and lines[-1] == "data: [DONE]"
+
+
+def states(compose: Compose) -> dict[str, str]:
+    """The health of each container that stays."""
+    shown = compose.inspect()
+    return {service: shown[service]["State"].get("Health", {}).get("Status", "") for service in (*NODES, *P2PDS)}
 
 
 def test_down_leaves_nothing(compose: Compose) -> None:

@@ -83,3 +83,13 @@ def test_a_mounted_network_that_cannot_be_used(tmp_path: Path, files: dict[str, 
     assert done.exit_code != 0
     assert "Traceback" not in done.output
     assert not (tmp_path / "home" / "network.key").exists()
+
+
+def test_p2pds_home_has_the_identity_and_nothing_that_p2pd_does_not_need(tmp_path: Path) -> None:
+    network = mount(tmp_path / "network", secrets()["lloom-network"])
+    home, p2pd = tmp_path / "home", tmp_path / "p2pd"
+    for _ in range(2):
+        peer = init("--home", str(home), "--network", str(network), "--p2pd-home", str(p2pd))
+        assert str(load_identity(p2pd).peer) == peer
+        assert sorted(path.name for path in p2pd.iterdir()) == ["bootstrap", "identity.key"]
+        assert p2pd.stat().st_mode & 0o777 == 0o700

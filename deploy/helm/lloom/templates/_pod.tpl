@@ -5,11 +5,10 @@ The parts of every pod with a Lloom node. In this order:
   lloom-p2pd   native sidecar: the libp2p daemon
   lloom        the node itself: a native sidecar beside an application, the main container of every other pod
 
-The home and the sockets are volumes that an application's container does not mount.
+The home and the sockets are volumes that an application's container does not mount; p2pd's has the sockets' alone.
 */}}
 
 {{- define "lloom.env" -}}
-- {name: LLOOM_HOME, value: /var/lib/lloom/home}
 - {name: LLOOM_P2PD_CONTROL, value: /unix/run/lloom/p2pd.sock}
 - {name: LLOOM_DHT, value: server}
 - {name: LLOOM_LOG_FORMAT, value: json}
@@ -20,12 +19,6 @@ The home and the sockets are volumes that an application's container does not mo
 {{- range $name, $value := . }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
-{{- end }}
-
-{{- define "lloom.mounts" -}}
-- {name: lloom-home, mountPath: /var/lib/lloom}
-- {name: lloom-run, mountPath: /run/lloom}
-- {name: lloom-tmp, mountPath: /tmp}
 {{- end }}
 
 {{/* Volumes of a node whose identity lasts as long as its pod. */}}
@@ -52,6 +45,7 @@ The home and the sockets are volumes that an application's container does not mo
     - init
     - --home=/var/lib/lloom/home
     - --network=/network
+    - --p2pd-home=/run/lloom/p2pd
     {{- if .identities }}
     # A validator's peer id is in everybody's bootstrap list: its identity was made before it.
     - --identity=/identities/$(POD_NAME)
@@ -60,6 +54,7 @@ The home and the sockets are volumes that an application's container does not mo
     - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
   volumeMounts:
     - {name: lloom-home, mountPath: /var/lib/lloom}
+    - {name: lloom-run, mountPath: /run/lloom}
     - {name: lloom-tmp, mountPath: /tmp}
     - {name: lloom-network, mountPath: /network, readOnly: true}
     {{- if .identities }}
@@ -79,6 +74,7 @@ The home and the sockets are volumes that an application's container does not mo
   restartPolicy: Always
   args: [p2pd]
   env:
+    - {name: LLOOM_HOME, value: /run/lloom/p2pd}
     {{- include "lloom.env" . | nindent 4 }}
     - {name: LLOOM_ROLES, value: {{ .roles | quote }}}
     - {name: GOMEMLIMIT, value: 400MiB}
@@ -93,7 +89,8 @@ The home and the sockets are volumes that an application's container does not mo
     tcpSocket: {port: p2p}
     periodSeconds: 1
     failureThreshold: 60
-  volumeMounts: {{- include "lloom.mounts" . | nindent 4 }}
+  volumeMounts:
+    - {name: lloom-run, mountPath: /run/lloom}
   resources: {{- toYaml .Values.p2pd.resources | nindent 4 }}
   securityContext: {{- toYaml .Values.containerSecurityContext | nindent 4 }}
 {{- end }}
@@ -108,6 +105,7 @@ The home and the sockets are volumes that an application's container does not mo
   {{- end }}
   args: [run]
   env:
+    - {name: LLOOM_HOME, value: /var/lib/lloom/home}
     {{- include "lloom.env" . | nindent 4 }}
     - {name: LLOOM_ROLES, value: {{ .roles | quote }}}
     # The kubelet probes the pod's address. Nothing secret is served there.
@@ -135,7 +133,9 @@ The home and the sockets are volumes that an application's container does not mo
     periodSeconds: 2
     timeoutSeconds: 3
   volumeMounts:
-    {{- include "lloom.mounts" . | nindent 4 }}
+    - {name: lloom-run, mountPath: /run/lloom}
+    - {name: lloom-home, mountPath: /var/lib/lloom}
+    - {name: lloom-tmp, mountPath: /tmp}
     {{- with .extraMounts }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
