@@ -198,7 +198,8 @@ def rotate(target: Target, keep_old: str, as_json: bool) -> None:
 )
 @click.option("--release", default="lloom", show_default=True, metavar="NAME", help="Name of the chart's release.")
 @click.option("--namespace", default="default", show_default=True, metavar="NAME", help="Namespace of the release.")
-def kubernetes(validators: int, release: str, namespace: str) -> None:
+@json_option
+def kubernetes(validators: int, release: str, namespace: str, as_json: bool) -> None:
     """Print the Secrets of a new network in Kubernetes.
 
     RELEASE-network holds a new network key and where the validators are; RELEASE-validators their identities, which
@@ -212,8 +213,11 @@ def kubernetes(validators: int, release: str, namespace: str) -> None:
                 f"{name!r} is no name in Kubernetes: lower-case letters, digits and '-', at most 40",
                 param_hint=option,
             )
-    output.print_json(network_files.kubernetes_secrets(validators, release, namespace))
-    output.say("whoever reads this is a member, and can be your validators: for kubectl, not for a file")
+    output.print_json(
+        network_files.kubernetes_secrets(validators, release, namespace)
+    )  # what kubectl reads, either way
+    if not as_json:
+        output.say("whoever reads this is a member, and can be your validators: for kubectl, not for a file")
 
 
 def _checked_validators(texts: tuple[str, ...]) -> tuple[Multiaddr, ...]:
