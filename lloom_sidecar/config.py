@@ -25,6 +25,7 @@ from .protocol.offers import Price
 
 __all__ = [
     "Config",
+    "DayCap",
     "HostPort",
     "SettingDoc",
     "admin_socket_path",
@@ -84,6 +85,26 @@ class HostPort:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class DayCap:
+    """The most that is spent in a day in one currency."""
+
+    amount: int
+    """Minor units."""
+    currency: str
+
+    @classmethod
+    def parse(cls, value: Any) -> DayCap:
+        """From ``500 EUR``. Raises ValueError with a phrase."""
+        found = re.fullmatch(r"(\d{1,15})\s+([A-Za-z0-9]{1,8})", _text(value), re.ASCII)
+        if found is None:
+            raise ValueError(f"{value!r} is not an amount such as 500 EUR (whole minor units, currency)")
+        return cls(int(found[1]), found[2])
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.currency}"
 
 
 # --- kinds of value -------------------------------------------------------------------------------------------------
@@ -307,6 +328,21 @@ class Config:
             "Form of the log on standard error; auto = console on a terminal, else JSON lines.",
         ),
     )
+    receipts_days: int = field(
+        default=400,
+        metadata=_about(
+            _whole(1, 36_500), "--receipts-days", "node", "Days for which receipts are kept in the ledger (lloom.db)."
+        ),
+    )
+    receipts_max_mib: int = field(
+        default=2048,
+        metadata=_about(
+            _whole(1, 1_000_000),
+            "--receipts-max-mib",
+            "node",
+            "Size of the ledger, in MiB, above which the oldest receipts are dropped; one takes about 1.5 KiB.",
+        ),
+    )
     probe: HostPort | None = field(
         default=HostPort("127.0.0.1", 4881),
         metadata=_about(
@@ -403,6 +439,16 @@ class Config:
             "Accept requests whose images or files are URLs, which the backend then fetches from inside your network.",
         ),
     )
+    max_unacked: int = field(
+        default=16,
+        metadata=_about(
+            _whole(0, 10_000),
+            "--max-unacked",
+            "executor",
+            "Receipts of priced answers that one client may leave without its countersignature within an hour before "
+            "it gets no further priced answer; 0 = any number.",
+        ),
+    )
     price_prompt: int = field(
         default=0,
         metadata=_about(
@@ -482,6 +528,18 @@ class Config:
             "api",
             "Ceiling per million tokens in minor units, for instance '15/60 EUR', or 'free'; a request's own header "
             "x-lloom-max-price goes before it. Nobody under it: 402. Not set = whatever is announced.",
+        ),
+    )
+    max_cost_per_day: tuple[DayCap, ...] = field(
+        default=(),
+        metadata=_about(
+            _Kind("amount and currency", "AMOUNT CURRENCY", DayCap.parse),
+            "--max-cost-per-day",
+            "api",
+            "Most that the node's applications spend in a day (UTC), in minor units, for instance '500 EUR'; one for "
+            "each currency. With any of them a currency that has none is not paid in. Over it: 402, and running "
+            "answers are cut.",
+            many=True,
         ),
     )
     max_body_bytes: int = field(
@@ -1082,6 +1140,10 @@ class _Loader:
                 f"{self._label('api')}: {config.api} can be reached by others: "
                 "add --api-key-file FILE, or --api-open to serve it without a key"
             )
+
+        currencies = [cap.currency for cap in config.max_cost_per_day]
+        for currency in sorted({one for one in currencies if currencies.count(one) > 1}):
+            self._faults.append(f"{self._label('max_cost_per_day')}: {currency} is given more than once")
 
     def _check_network(self, config: Config) -> None:
         path = config.network_key_file

@@ -138,6 +138,18 @@ CONDITION_KINDS: Final = (
         Severity.WARNING,
         "Compare with `lloomctl config show`.",
     ),
+    ConditionKind(
+        "ledger_full",
+        "exchanges cannot be written down",
+        Severity.ERROR,
+        "Free disk space where the home is; free work goes on meanwhile, nothing that costs is begun.",
+    ),
+    ConditionKind(
+        "numbers_doubtful",
+        "an executor signed numbers that cannot be",
+        Severity.WARNING,
+        "Look at `lloomctl receipt list --doubtful`; ask its operator, or pin others.",
+    ),
     ConditionKind("draining", "the node is draining", Severity.INFO, "It ends when its requests have ended."),
 )
 """Every condition that a node can have."""

@@ -108,6 +108,12 @@ class Metrics:
             ("reason",),
             registry=reg,
         )
+        self._doubtful = Counter(
+            "lloom_doubtful_receipts", "Receipts whose numbers cannot be, though they are signed.", registry=reg
+        )
+        self._ledger_failed = Gauge(
+            "lloom_ledger_failed_writes", "Exchanges that could not be written into the ledger.", registry=reg
+        )
         self._in_flight = Gauge("lloom_requests_in_flight", "Requests under way.", ("role",), registry=reg)
         self._queued = Gauge("lloom_queued_requests", "Requests of peers that wait for a slot.", registry=reg)
         self._slots = Gauge("lloom_slots", "Requests that the backend works on at once.", registry=reg)
@@ -187,6 +193,14 @@ class Metrics:
     def refused(self, code: str) -> None:
         """A peer's request was refused: ``busy``, ``rate``, ``hello_required``, ..."""
         self._refused.labels(self._codes.bounded(code)).inc()
+
+    def receipt_doubtful(self) -> None:
+        """An executor signed for more tokens than there can be."""
+        self._doubtful.inc()
+
+    def set_ledger(self, failed_writes: int) -> None:
+        """How many exchanges could not be written down since the start."""
+        self._ledger_failed.set(failed_writes)
 
     def set_capacity(self, slots: int, queued: int) -> None:
         """An executor's slots, and how many requests wait for one now."""

@@ -23,13 +23,15 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.http.errors import HttpClientError
 from lloom_sidecar.ids import PeerId
+from lloom_sidecar.p2p.errors import StreamClosedError
 from lloom_sidecar.protocol import compression
 from lloom_sidecar.protocol.claims import (
     QUOTE_CONTENT_TYPE,
     CheckedRequest,
-    cost_of,
+    is_free,
     price_message,
     salted_digest,
+    seal_checkpoint,
     seal_quote,
     seal_receipt,
 )
@@ -42,6 +44,7 @@ from .body import BackendCall, prepare_body
 from .observer import ServedReceipt
 from .quotes import QUOTE_ID_BYTES, offers_document
 from .relay import MAX_DOCUMENT_BYTES, AnswerMeter, EventRelay
+from .statements import CheckpointPacer, statement
 
 if TYPE_CHECKING:
     from .serve import Executor
@@ -75,6 +78,9 @@ class Job:
     encoder: compression.Encoder | None = None
     """Of a compressed stream."""
     first_at_ms: int = 0
+    checkpoint: bytes | None = None
+    """The last one that was sent."""
+    has_receipt: bool = False
     is_ended: bool = False
     """The observer was told of its end."""
 
@@ -139,6 +145,9 @@ class Answering:
         if job.is_ended:
             return
         job.is_ended = True
+        if not job.has_receipt:
+            # Whether the reader or the writer met the closed stream first is chance.
+            self._tell(job, reason="cancelled" if code == StreamClosedError.code else code)
         claims = job.request.claims
         seconds = trio.current_time() - job.accepted_at
         self._executor.observer.request_ended(
@@ -156,36 +165,52 @@ class Answering:
             meter = await self._answer_query(job)
         else:
             meter = await self._answer_from_backend(job, body, job.ticket)
-        usage, source = meter.usage()
-        price = job.price
-        cost = cost_of(price, usage)
-        if claims.max_cost_set and cost > claims.max_cost:
-            raise PriceError("the answer cost more than the request allows", code="max_cost", retryable=False)
-        receipt = pb.ReceiptClaims(
-            client=self._peer.raw,
-            executor=executor.signer.peer.raw,
-            request_digest=job.request.digest,
-            answer_digest=meter.digest.digest(),
-            answer_bytes=meter.size,
-            model=claims.model,
-            usage=usage,
-            usage_source=source,
-            price=price,
-            cost=cost,
-            accepted_at_ms=job.accepted_at_ms,
-            first_at_ms=job.first_at_ms,
-            ended_at_ms=executor.now_ms(),
-            outcome=pb.OUTCOME_COMPLETE,
-        )
+        receipt = self._statement(job, meter, pb.OUTCOME_STOPPED if meter.is_stopped else pb.OUTCOME_COMPLETE)
         envelope = seal_receipt(receipt, executor.signer)
-        exchange = self._machine.exchange
-        served = ServedReceipt(self._peer, claims.request_id, exchange, claims.model, job.envelope, envelope, job.salt)
-        self._keep(served)
-        executor.observer.receipt_made(served)
+        job.has_receipt = True
+        self._keep(self._tell(job, receipt=envelope))
+        if not is_free(job.price):
+            executor.unacked.ended(self._peer, trio.current_time())
         if job.ticket is not None:
             executor.leave(job.ticket, trio.current_time() - job.accepted_at)
         await self._send(self._machine.end(envelope))
-        return int(usage.completion_tokens)
+        return int(receipt.usage.completion_tokens)
+
+    def _statement(self, job: Job, meter: AnswerMeter, outcome: pb.Outcome) -> pb.ReceiptClaims:
+        return statement(
+            client=self._peer,
+            executor=self._executor.signer.peer,
+            request=job.request,
+            price=job.price,
+            meter=meter,
+            outcome=outcome,
+            accepted_at_ms=job.accepted_at_ms,
+            first_at_ms=job.first_at_ms,
+            now_ms=self._executor.now_ms(),
+        )
+
+    def _tell(self, job: Job, *, receipt: bytes | None = None, reason: str = "") -> ServedReceipt:
+        """Hand what was signed so far to the node."""
+        claims = job.request.claims
+        served = ServedReceipt(
+            client=self._peer,
+            request_id=claims.request_id,
+            exchange=claims.exchange,
+            model=claims.model,
+            request=job.envelope,
+            salt=job.salt,
+            receipt=receipt,
+            checkpoint=job.checkpoint,
+            reason=reason,
+        )
+        self._executor.observer.receipt_made(served)
+        return served
+
+    async def _send_checkpoint(self, job: Job, meter: AnswerMeter) -> None:
+        claims = self._statement(job, meter, pb.OUTCOME_PARTIAL)
+        job.checkpoint = seal_checkpoint(claims, self._executor.signer)
+        self._tell(job)
+        await self._send(self._machine.checkpoint(job.checkpoint))
 
     async def _answer_from_backend(self, job: Job, body: bytes, ticket: Ticket) -> AnswerMeter:
         executor = self._executor
@@ -239,6 +264,7 @@ class Answering:
         """Pass SSE on as it comes (or merge it into one document), up to the proper end."""
         meter = AnswerMeter(job.salt)
         relay = EventRelay(call, meter, is_chat=job.request.claims.operation == pb.OPERATION_CHAT)
+        pacer = CheckpointPacer(job.price, trio.current_time()) if call.wants_stream else None
         while not relay.is_done:
             data = await answer.receive_some()
             if not data:
@@ -248,10 +274,18 @@ class Answering:
                 self._note_first(job)
             if out and call.wants_stream:
                 await self._send_data(job, meter, out, EVENT_STREAM)
+            if relay.is_over_budget:
+                # As a backend does at its limit of tokens. Leaving its answer unread stops it.
+                meter.is_stopped = True
+                last = relay.stop()
+                if call.wants_stream:
+                    await self._send_data(job, meter, last, EVENT_STREAM)
+            elif pacer is not None and pacer.is_due(meter.chunks, trio.current_time()):
+                await self._send_checkpoint(job, meter)
         relay.check_complete()
         if job.encoder is not None:
             await self._send(self._machine.data(job.encoder.finish()))
-        with trio.move_on_after(DRAIN_ANSWER_S), suppress(HttpClientError, BackendError):
+        with trio.move_on_after(0 if relay.is_over_budget else DRAIN_ANSWER_S), suppress(HttpClientError, BackendError):
             # The end of the body lets the connection be used again; whoever keeps it open after [DONE], or cuts it
             # there, loses it. The answer is complete either way.
             await answer.receive_some()

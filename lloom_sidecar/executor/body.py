@@ -57,6 +57,12 @@ class BackendCall:
     """The backend is asked for SSE."""
     strips_usage: bool
     """The usage chunk was added by us and is removed from a streamed answer."""
+    choices: int = 1
+    """Alternatives that were asked for."""
+    paid_tokens: int | None = None
+    """Most completion tokens, of all choices together, that the request pays for; None = no such limit."""
+    is_shortened: bool = False
+    """The limit on tokens that goes to the backend is lower than without ``paid_tokens``."""
 
 
 def prepare_body(
@@ -89,7 +95,10 @@ def prepare_body(
         if wants_stream:
             raise RequestError("embeddings cannot be streamed", code="not_allowed")
         return BackendCall(PATHS[operation], _changed(raw, document, changes), False, False, False)
-    changes |= _token_limits(document, policy, affordable_tokens)
+    choices = max(int(document.get("n") or 1), int(document.get("best_of") or 1))
+    limits = _token_limits(document, policy, affordable_tokens, choices)
+    is_shortened = affordable_tokens is not None and limits != _token_limits(document, policy, None, choices)
+    changes |= limits
     if not wants_stream:
         changes["stream"] = True
     options = document.get("stream_options")
@@ -97,15 +106,23 @@ def prepare_body(
     if not has_usage:
         changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
     return BackendCall(
-        PATHS[operation], _changed(raw, document, changes), wants_stream, True, wants_stream and not has_usage
+        PATHS[operation],
+        _changed(raw, document, changes),
+        wants_stream,
+        True,
+        wants_stream and not has_usage,
+        choices,
+        affordable_tokens,
+        is_shortened,
     )
 
 
-def _token_limits(document: dict[str, Any], policy: BodyPolicy, affordable_tokens: int | None) -> dict[str, int]:
+def _token_limits(
+    document: dict[str, Any], policy: BodyPolicy, affordable_tokens: int | None, choices: int
+) -> dict[str, int]:
     """The limits on the answer's tokens that the body has to get or to change."""
     limit = policy.max_tokens
     if affordable_tokens is not None:
-        choices = max(int(document.get("n") or 1), int(document.get("best_of") or 1))
         limit = min(limit, affordable_tokens // choices)
         if limit < 1:
             raise RequestError("the max cost does not pay for one token of each choice", code="limit", http_status=402)

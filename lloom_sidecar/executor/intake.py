@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from lloom_sidecar.errors import (
     BackendUnavailableError,
     PeerBusyError,
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 QUERIES: Final = frozenset({pb.OPERATION_MODELS, pb.OPERATION_QUOTE})
 """Operations that the executor answers itself, without a place at the backend."""
+
+LEDGER_RETRY_S: Final = 30.0
+"""A disk that is full stays so for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: Requ
     price = Price()
     if claims.operation != pb.OPERATION_MODELS:
         price = _price_of(executor, peer, claims)
+    if not price.is_free:
+        _check_chargeable(executor, peer)
     if executor.buffered_bytes + body_size > executor.limits.buffered_bodies_bytes:
         raise PeerBusyError("this executor holds too many bodies", code="busy", retry_after_s=1.0)
     is_query = claims.operation in QUERIES
@@ -91,6 +98,23 @@ def _decoder_of(executor: Executor, event: RequestReceived) -> tuple[SizedDecode
             http_status=413,
         )
     return SizedDecoder(event.encoding, event.body_size), event.body_size
+
+
+def _check_chargeable(executor: Executor, peer: PeerId) -> None:
+    """What is paid for has to be written down, and countersigned."""
+    if executor.ledger_trouble() is not None:
+        raise PeerBusyError(
+            "this executor cannot keep receipts now: it does nothing that has to be paid",
+            code="ledger_full",
+            retry_after_s=LEDGER_RETRY_S,
+        )
+    if executor.unacked.is_over(peer, trio.current_time()):
+        raise PriceError(
+            "too many of this client's receipts lack its countersignature",
+            code="unacked",
+            http_status=429,
+            retryable=True,
+        )
 
 
 def _price_of(executor: Executor, peer: PeerId, claims: pb.RequestClaims) -> Price:

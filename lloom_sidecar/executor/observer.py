@@ -30,12 +30,12 @@ class ExecutorObserver(Protocol):
         """A request or a stream was refused, or a request failed, with this code."""
 
     def receipt_made(self, served: ServedReceipt) -> None:
-        """A receipt was signed, or (with ``ack``) countersigned."""
+        """An exchange got a statement: a checkpoint, a receipt, a countersignature; or it ended without a receipt."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedReceipt:
-    """A receipt that this executor gave, and the client's countersignature once it came."""
+    """What this executor has signed for an exchange so far, and the client's countersignature once it came."""
 
     client: PeerId
     request_id: bytes
@@ -43,6 +43,11 @@ class ServedReceipt:
     """Number of the exchange on its stream."""
     model: str
     request: bytes = field(repr=False)
-    receipt: bytes = field(repr=False)
     salt: bytes = field(repr=False)
+    receipt: bytes | None = field(default=None, repr=False)
+    """END's."""
+    checkpoint: bytes | None = field(default=None, repr=False)
+    """The last one: what is owed when no receipt came of it."""
     ack: bytes | None = field(default=None, repr=False)
+    reason: str = ""
+    """Why it ended without a receipt: ``cancelled`` or an error's code."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -31,9 +32,16 @@ class EventRelay:
     def __init__(self, call: BackendCall, meter: AnswerMeter, *, is_chat: bool) -> None:
         self.is_done = False
         """``[DONE]`` came."""
+        self.is_over_budget = False
+        """More has come than the request pays for: the backend does not keep to the limit that it was given."""
         self._call = call
+        self._first = b""
+        """The first chunk's JSON: what one of our own is modelled on."""
+        # Not every event is a token: a role comes first, a finish_reason last, for each choice.
+        self._max_chunks = None if call.paid_tokens is None else call.paid_tokens + 2 * call.choices + 2
         self._meter = meter
         self._cutter = SseCutter(MAX_EVENT_BYTES)
+        self._nothing: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         self._merger = ChunkMerger(is_chat=is_chat)
         meter.merger = self._merger
 
@@ -58,6 +66,8 @@ class EventRelay:
                 break
             if b'"error"' in payload and _is_error(payload):
                 raise BackendRejectedError("the backend failed in the middle of its answer", status=502, body=payload)
+            if not self._first:
+                self._first = payload
             if not self._call.wants_stream:
                 self._merge(payload)
             elif b'"usage"' in payload and _NO_USAGE.search(payload) is None:
@@ -66,14 +76,33 @@ class EventRelay:
                     continue
             elif b'"finish_reason":"' in payload or b'"finish_reason": "' in payload:
                 self._merger.has_finished = True
+                if self._call.is_shortened and b'"length"' in payload:
+                    self._meter.is_stopped = True
             self._meter.chunks += 1
             out.append(event)
+            if self._max_chunks is not None and self._meter.chunks > self._max_chunks and not self._merger.has_finished:
+                self.is_over_budget = True
+                break
         return out[0] if len(out) == 1 else b"".join(out)
 
     def check_complete(self) -> None:
         """The backend's body has ended. Raises BackendUnavailableError when its answer has not."""
         if not self.is_done and (self._cutter.rest() or not self._merger.has_finished):
             raise BackendUnavailableError("the backend ended its answer in the middle")
+
+    def stop(self) -> bytes:
+        """End the answer here, every choice of it, for its length: the events that say so, ``[DONE]`` included."""
+        self.is_done = True
+        chunk: dict[str, Any] = {}
+        with suppress(ValueError, RecursionError):
+            first = msgspec.json.decode(self._first)
+            if isinstance(first, dict):
+                chunk = {key: first[key] for key in ("id", "object", "created", "model") if key in first}
+        choices = [{"index": index, **self._nothing, "finish_reason": "length"} for index in range(self._call.choices)]
+        payload = msgspec.json.encode({**chunk, "choices": choices})
+        if not self._call.wants_stream:
+            self._merge(payload)
+        return b"data: " + payload + b"\n\ndata: [DONE]\n\n"
 
     def document(self) -> bytes:
         """The answer as one document. Raises BackendError when it is larger than 64 MiB."""
@@ -96,6 +125,8 @@ class AnswerMeter:
         self.digest = hashlib.sha256(salt)
         self.size = 0
         self.chunks = 0
+        self.is_stopped = False
+        """It ended because the request pays for no more."""
         self.is_query = False
         """Answered by the executor itself: no tokens, nothing to pay."""
         self.merger: ChunkMerger | None = None

@@ -25,6 +25,7 @@ from .body import BodyPolicy
 from .observer import ExecutorObserver, ServedReceipt
 from .quotes import QuoteBook
 from .session import Session
+from .unacked import UnackedBook
 
 log = structlog.get_logger("lloom.executor")
 
@@ -58,11 +59,14 @@ class Executor:
         now_ms: Callable[[], int],
         compresses_for: Callable[[PeerId], bool] = lambda peer: False,
         compresses_streams: bool = False,
+        ledger_trouble: Callable[[], str | None] = lambda: None,
+        max_unacked: int = 0,
     ) -> None:
         """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
         of our network (or this node is open); asked at OPEN and at every request. ``price``: of every model that
         ``set_price`` was not told of. ``compresses_for``: whether answers to a peer are compressed, documents always,
-        streams only when ``compresses_streams``.
+        streams only when ``compresses_streams``. ``ledger_trouble``: why a receipt could not be kept now, None when it
+        could. ``max_unacked``: missing ACKs from which on a client gets no priced answer, 0 = any number.
         """
         self.signer = signer
         self.backend = backend
@@ -76,6 +80,8 @@ class Executor:
         self.now_ms = now_ms
         self.compresses_for = compresses_for
         self._compresses_streams = compresses_streams
+        self.ledger_trouble = ledger_trouble
+        self.unacked = UnackedBook(max_unacked)
         self.buffered_bytes = 0
         self.is_draining = False
         self.quotes = QuoteBook()

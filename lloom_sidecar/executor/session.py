@@ -207,7 +207,9 @@ class Session:
         served = self._unacked.pop(exchange, None)
         if served is None:
             return
+        assert served.receipt is not None  # kept with END
         check_ack(envelope, client=self._peer, receipt=served.receipt)
+        self._executor.unacked.acked(self._peer)
         self._executor.observer.receipt_made(replace(served, ack=envelope))
 
     # ------------------------------------------------------------------ working

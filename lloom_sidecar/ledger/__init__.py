@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from .store import (
-    KnownPeer,
-    Ledger,
-    LedgerBusyError,
-    LedgerClosedError,
-    LedgerConflictError,
-    LedgerError,
-    LedgerFullError,
-    Receipt,
-)
+from .errors import LedgerBusyError, LedgerClosedError, LedgerConflictError, LedgerError, LedgerFullError
+from .receipts import Wanted
+from .records import Kept, KnownPeer, Receipt, Role, Stated, UsageKey, UsageRow
+from .store import Ledger, Retention
 
 __all__ = [
+    "Kept",
     "KnownPeer",
     "Ledger",
     "LedgerBusyError",
@@ -22,4 +17,10 @@ __all__ = [
     "LedgerError",
     "LedgerFullError",
     "Receipt",
+    "Retention",
+    "Role",
+    "Stated",
+    "UsageKey",
+    "UsageRow",
+    "Wanted",
 ]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
 from typing import Final
 
-MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
-    # 1: 0.1.0
+from .stated import fill_stated_columns
+
+Step = str | Callable[[sqlite3.Connection], None]
+"""A SQL statement, or what SQL cannot say."""
+
+MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
+    # 1
     (
         """
         CREATE TABLE settings (
@@ -47,5 +54,18 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         WHERE role = 'client' AND is_owed = 1 AND idempotency_key IS NOT NULL
         """,
     ),
+    # 2: what the statements say, in columns of their own; checkpoints, doubts
+    (
+        "ALTER TABLE receipts ADD COLUMN checkpoint BLOB",
+        "ALTER TABLE receipts ADD COLUMN doubts TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE receipts ADD COLUMN model TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE receipts ADD COLUMN outcome TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE receipts ADD COLUMN prompt_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE receipts ADD COLUMN completion_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE receipts ADD COLUMN cost INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE receipts ADD COLUMN currency TEXT NOT NULL DEFAULT ''",
+        "CREATE INDEX receipts_by_age ON receipts (created_at_ms)",
+        fill_stated_columns,
+    ),
 )
-"""SQL statements of each schema version, the first leads from an empty file to version 1."""
+"""The steps of each schema version; the first leads from an empty file to version 1."""

@@ -15,7 +15,14 @@ import trio
 from lloom_sidecar.errors import PeerUnreachableError, RefusedError, RemoteProtocolError, StreamLostError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.protocol import compression
-from lloom_sidecar.protocol.claims import check_receipt, price_message, salted_digest, seal_ack, seal_request
+from lloom_sidecar.protocol.claims import (
+    check_checkpoint,
+    check_receipt,
+    price_message,
+    salted_digest,
+    seal_ack,
+    seal_request,
+)
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.exchange import (
     SALT_BYTES,
@@ -31,6 +38,7 @@ from lloom_sidecar.protocol.exchange import (
 )
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.protocol.recount import doubts_of
 
 from .stream_pool import Link, StreamPool
 
@@ -63,7 +71,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A verified answer's proof: what both sides signed."""
+    """A verified answer's proof, or that of the part of it that came: what was signed."""
 
     claims: pb.ReceiptClaims
     exchange: int
@@ -72,6 +80,9 @@ class Receipt:
     request: bytes = field(repr=False)
     salt: bytes = field(repr=False)
     ack: bytes = field(repr=False)
+    """The countersignature; empty for a checkpoint."""
+    doubts: tuple[str, ...] = ()
+    """What of its numbers cannot be, though everything that is signed holds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +123,10 @@ class Exchange:
         self._room = 0
         self._has_more = False
         """True while the decoder may hold bytes of the answer that were not taken out of it."""
+        self._chunks: int | None = None
+        """Events of a streamed answer that is paid for; None = not counted."""
+        self.on_checkpoint: Callable[[pb.ReceiptClaims], None] = lambda claims: None
+        """Called with every checkpoint that holds; what it raises ends the exchange."""
 
     @property
     def receipt(self) -> Receipt | None:
@@ -138,7 +153,7 @@ class Exchange:
                         pieces.append(event.data)
                     else:
                         self._unpack(event.data, pieces)
-                elif isinstance(event, EndReceived | ErrorReceived) and pieces:
+                elif pieces and isinstance(event, EndReceived | ErrorReceived | CheckpointReceived):
                     self._events.insert(0, event)
                     break
                 else:
@@ -147,6 +162,8 @@ class Exchange:
                 data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
                 self._digest.update(data)
                 self._answer_bytes += len(data)
+                if self._chunks is not None:
+                    self._chunks += data.count(b"\n\n")
                 return data
             if self.receipt is None:
                 self._events = await self._read()
@@ -194,31 +211,52 @@ class Exchange:
                 self.head = event
                 if event.encoding != pb.ENCODING_IDENTITY:
                     self._decoder = compression.Decoder(event.encoding)
+                if not self._call.max_price.is_free and event.content_type.startswith("text/event-stream"):
+                    self._chunks = 0
             case ErrorReceived(error=error):
                 raise error
             case EndReceived(receipt=envelope):
                 if self._decoder is not None:
                     self._decoder.finish()
-                claims = check_receipt(
-                    envelope,
-                    client=self._signer.peer,
-                    executor=self.peer,
-                    request_digest=hashlib.sha256(self.sent.request).digest(),
-                    request=self._claims,
-                    answer_digest=self._digest.digest(),
-                    answer_bytes=self._answer_bytes,
-                )
-                ack = seal_ack(envelope, self._signer)
-                sent = self.sent
-                sent.receipt = Receipt(claims, sent.exchange, envelope, sent.request, sent.salt, ack)
+                self._on_end(envelope)
+            case CheckpointReceived(envelope=envelope):
+                self._on_checkpoint(envelope)
             case PingReceived(payload=payload):
                 await self.link.send(self.link.machine.pong(payload))
             case PongReceived():
                 self.link.note_pong()
-            case CheckpointReceived():
-                pass  # only priced exchanges carry them, and those are not served yet
             case _:
                 pass  # GOAWAY: the machine remembers it
+
+    def _on_end(self, envelope: bytes) -> None:
+        claims = check_receipt(
+            envelope,
+            client=self._signer.peer,
+            executor=self.peer,
+            request_digest=hashlib.sha256(self.sent.request).digest(),
+            request=self._claims,
+            answer_digest=self._digest.digest(),
+            answer_bytes=self._answer_bytes,
+        )
+        sent, body = self.sent, self._call.body
+        doubts = doubts_of(claims, body_bytes=None if b'_url"' in body else len(body), chunks=self._chunks)
+        ack = seal_ack(envelope, self._signer)
+        sent.receipt = Receipt(claims, sent.exchange, envelope, sent.request, sent.salt, ack, doubts)
+
+    def _on_checkpoint(self, envelope: bytes) -> None:
+        sent = self.sent
+        claims = check_checkpoint(
+            envelope,
+            client=self._signer.peer,
+            executor=self.peer,
+            request_digest=hashlib.sha256(sent.request).digest(),
+            request=self._claims,
+            answer_digest=self._digest.digest(),
+            answer_bytes=self._answer_bytes,
+            before=None if sent.checkpoint is None else sent.checkpoint.claims,
+        )
+        sent.checkpoint = Receipt(claims, sent.exchange, envelope, sent.request, sent.salt, b"")
+        self.on_checkpoint(claims)
 
 
 @asynccontextmanager

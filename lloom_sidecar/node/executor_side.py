@@ -57,6 +57,7 @@ class ExecutorSide:
         on_backend: Callable[[BackendState], None],
         on_published: Callable[[], None],
         observer: ExecutorObserver,
+        ledger_trouble: Callable[[], str | None],
         rng: random.Random,
     ) -> None:
         self._config = config
@@ -83,6 +84,8 @@ class ExecutorSide:
             compresses_streams=config.compression == "all",
             observer=observer,
             now_ms=now_ms,
+            ledger_trouble=ledger_trouble,
+            max_unacked=config.max_unacked,
         )
         self.announcer = Announcer(
             signer=signer,

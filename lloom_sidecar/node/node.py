@@ -41,12 +41,13 @@ from lloom_sidecar.protocol.names import PROTOCOL_HELLO, PROTOCOL_REQUEST, SERVI
 from lloom_sidecar.protocol.network_key import NetworkKeys
 
 from .addresses import announced
+from .bookkeeping import Bookkeeping, open_ledger
 from .control_plane import ControlPlane
 from .daemon import is_stock, make_supervisor, max_streams
 from .executor_side import ExecutorSide
 from .listening import Listeners, open_listeners, serve_admin, serve_api
 from .observer import Observer
-from .receipts import ReceiptKeeper, now_ms
+from .receipts import now_ms
 from .remembered import RememberedPeers
 from .view import View
 
@@ -85,12 +86,13 @@ class Node:
 
         config.run_dir.mkdir(mode=0o700, exist_ok=True)
         self.supervisor = make_supervisor(config, self.me, on_up=self._on_up, on_down=self._on_down, rng=rng)
+        self.books = Bookkeeping(config, ledger, health=self.health, metrics=self.metrics)
         self.observer = Observer(
             metrics=self.metrics,
             events=self.events,
             models_of=lambda peer: self.control.models_of(peer),
             roles_of=lambda peer: self.control.roles_of(peer),
-            keep_receipt=ReceiptKeeper(ledger).keep,
+            keep_receipt=self.books.keep,
         )
         self.control = ControlPlane(
             config,
@@ -126,6 +128,7 @@ class Node:
         return ExecutorSide(
             self.config,
             self.signer,
+            ledger_trouble=self._ledger.trouble,
             max_streams=lambda: max_streams(self.supervisor),
             may_ask=self.control.membership.may_ask,
             compresses_for=self._takes_compressed,
@@ -152,6 +155,7 @@ class Node:
             catalogue_is_complete=lambda: control.bootstrap.is_complete,
             observer=self.observer,
             quote_of=lambda peer, model: self.quotes.usable(peer, model, now_ms()),
+            exchange_with=self.books.spending.exchange,
             rng=rng,
         )
         key_file = self.config.api_key_file
@@ -173,6 +177,8 @@ class Node:
         shutdown = trio.Event()
         async with trio.open_nursery() as nursery:
             await nursery.start(self._ledger.run)
+            await self.books.load()
+            nursery.start_soon(self.books.watch, self.observer)
             nursery.start_soon(serve_admin, listeners.probe, asgi_handler(probe_app(self.view)))
             nursery.start_soon(serve_admin, listeners.admin, asgi_handler(admin_app(self.view)))
             if self.serving is not None:
@@ -388,7 +394,7 @@ async def run_node(config: Config, *, task_status: trio.TaskStatus[Node] = trio.
     with HomeLock(config.home):
         keys = load_network_keys(config.network_key_file) if config.has_network_key else None
         # Jitter and choice only: nothing secret comes from this generator.
-        node = Node(config, Ledger(config.database_file), keys, rng=random.Random())
+        node = Node(config, open_ledger(config), keys, rng=random.Random())
         listeners = await open_listeners(config)
         try:
             await node.run(listeners, task_status=task_status)

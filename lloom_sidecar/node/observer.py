@@ -33,6 +33,7 @@ from lloom_sidecar.peers.peerbook import Change
 
 MAX_RECENT_RECEIPTS: Final = 256
 MAX_CAUSES: Final = 256
+MAX_DOUBTFUL: Final = 256
 CAUSE_S: Final = 30.0
 """How long what a stream told counts as the cause of its connection's end."""
 
@@ -49,7 +50,7 @@ log = structlog.get_logger("lloom.node")
 
 @dataclass(frozen=True, slots=True)
 class ClientReceipt:
-    """A verified answer, for the ledger and for whoever asks by the request's id."""
+    """A verified answer, for whoever asks by the request's id."""
 
     peer: PeerId
     call: Call
@@ -86,7 +87,7 @@ class Observer:
         events: EventBus,
         models_of: Callable[[PeerId], tuple[str, ...]],
         roles_of: Callable[[PeerId], frozenset[str]],
-        keep_receipt: Callable[[ClientReceipt | ServedReceipt], None],
+        keep_receipt: Callable[[Settled | ServedReceipt], None],
     ) -> None:
         self._metrics = metrics
         self._events = events
@@ -97,6 +98,8 @@ class Observer:
         self.executor = Counts()
         self.receipts: OrderedDict[str, ClientReceipt] = OrderedDict()
         """The newest verified answers by request id (hex)."""
+        self.doubtful: OrderedDict[PeerId, float] = OrderedDict()
+        """Executors whose numbers did not fit, and when that was seen last (trio's clock)."""
         self.rtt_s: dict[PeerId, float] = {}
         self._causes: OrderedDict[PeerId, tuple[float, str]] = OrderedDict()
 
@@ -239,13 +242,27 @@ class Observer:
 
     def exchange_settled(self, settled: Settled) -> None:
         """A REQUEST that went out is over."""
-        if settled.receipt is None or not settled.is_owed:
+        self._keep_receipt(settled)
+        if settled.receipt is None:
             return
-        kept = ClientReceipt(settled.peer, settled.call, settled.receipt)
-        self.receipts[settled.call.request_id.hex()] = kept
-        if len(self.receipts) > MAX_RECENT_RECEIPTS:
-            self.receipts.popitem(last=False)
-        self._keep_receipt(kept)
+        if settled.receipt.doubts:
+            self.numbers_doubtful(settled.peer, settled.call.model, settled.receipt.doubts)
+        if settled.is_owed:
+            kept = ClientReceipt(settled.peer, settled.call, settled.receipt)
+            self.receipts[settled.call.request_id.hex()] = kept
+            if len(self.receipts) > MAX_RECENT_RECEIPTS:
+                self.receipts.popitem(last=False)
+
+    def numbers_doubtful(self, peer: PeerId, model: str, doubts: tuple[str, ...]) -> None:
+        """An executor signed numbers that cannot be."""
+        log.warning("numbers_doubtful", peer=str(peer), model=model, doubts=list(doubts))
+        self._metrics.receipt_doubtful()
+        self.doubtful[peer] = trio.current_time()
+        self.doubtful.move_to_end(peer)
+        if len(self.doubtful) > MAX_DOUBTFUL:
+            self.doubtful.popitem(last=False)
+        text = f"It signed for {' and '.join(doubts)} of {model}: more than there can be."
+        self._events.publish(NetworkError("numbers_doubtful", text, str(peer)))
 
     # ------------------------------------------------------------ requests of peers
     def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:

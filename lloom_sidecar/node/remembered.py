@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lloom_sidecar.ids import Multiaddr, PeerId
-from lloom_sidecar.ledger.store import KnownPeer, Ledger
+from lloom_sidecar.ledger import KnownPeer, Ledger
 
 from .receipts import now_ms
 

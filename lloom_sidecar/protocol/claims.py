@@ -15,7 +15,7 @@ from lloom_sidecar.errors import ReceiptError, RemoteProtocolError
 from lloom_sidecar.ids import PeerId, check_model_id
 
 from .envelope import Signer, open_envelope, seal
-from .names import KIND_ACK, KIND_QUOTE, KIND_RECEIPT, KIND_REQUEST
+from .names import KIND_ACK, KIND_CHECKPOINT, KIND_QUOTE, KIND_RECEIPT, KIND_REQUEST, EnvelopeKind
 from .offers import Price
 from .pb import lloom_pb2 as pb
 
@@ -116,6 +116,11 @@ def seal_receipt(claims: pb.ReceiptClaims, signer: Signer) -> bytes:
     return seal(KIND_RECEIPT, claims.SerializeToString(), signer)
 
 
+def seal_checkpoint(claims: pb.ReceiptClaims, signer: Signer) -> bytes:
+    """Sign a checkpoint."""
+    return seal(KIND_CHECKPOINT, claims.SerializeToString(), signer)
+
+
 def seal_ack(receipt: bytes, signer: Signer) -> bytes:
     """Countersign a receipt: ``receipt`` is the bytes of END's envelope."""
     claims = pb.AckClaims(receipt_digest=hashlib.sha256(receipt).digest())
@@ -183,6 +188,12 @@ def cost_of(price: pb.Price, usage: pb.Usage) -> int:
     return -(-micro // 1_000_000)
 
 
+def owed_cost(price: pb.Price, usage: pb.Usage, request: pb.RequestClaims) -> int:
+    """What a receipt states as cost: never over the request's max cost; what the executor did beyond it is its loss."""
+    cost = cost_of(price, usage)
+    return min(cost, request.max_cost) if request.max_cost_set else cost
+
+
 def check_receipt(
     envelope: bytes,
     *,
@@ -199,29 +210,86 @@ def check_receipt(
         ReceiptError: it is unsigned, forged, about another request, or does not fit the bytes that came; the answer is
             then not complete, whatever it looks like.
     """
-    try:
-        opened = open_envelope(envelope, KIND_RECEIPT, expected_signer=executor)
-        claims = pb.ReceiptClaims.FromString(opened.payload)
-    except (RemoteProtocolError, DecodeError) as exc:
-        raise ReceiptError(f"the executor's receipt cannot be used: {exc}") from exc
-    checks = {
-        "client": claims.client == client.raw,
-        "executor": claims.executor == executor.raw,
-        "request": claims.request_digest == request_digest,
-        "model": claims.model == request.model,
-        "answer": claims.answer_digest == answer_digest and claims.answer_bytes == answer_bytes,
-        "outcome": claims.outcome in (pb.OUTCOME_COMPLETE, pb.OUTCOME_STOPPED),
-        "price": claims.price.prompt_per_million <= request.max_price.prompt_per_million
-        and claims.price.completion_per_million <= request.max_price.completion_per_million
-        and (claims.price.currency == request.max_price.currency or _is_free(claims.price)),
-        "cost": claims.cost == cost_of(claims.price, claims.usage)
-        and (not request.max_cost_set or claims.cost <= request.max_cost),
-    }
-    wrong = [name for name, holds in checks.items() if not holds]
+    claims = _opened(envelope, KIND_RECEIPT, executor)
+    wrong = _wrong(claims, client, executor, request_digest, request, answer_digest, answer_bytes)
+    if claims.outcome not in (pb.OUTCOME_COMPLETE, pb.OUTCOME_STOPPED):
+        wrong.append("outcome")
     if wrong:
         raise ReceiptError(f"the executor's receipt does not fit this exchange: {', '.join(wrong)}")
     return claims
 
 
-def _is_free(price: pb.Price) -> bool:
+def check_checkpoint(
+    envelope: bytes,
+    *,
+    client: PeerId,
+    executor: PeerId,
+    request_digest: bytes,
+    request: pb.RequestClaims,
+    answer_digest: bytes,
+    answer_bytes: int,
+    before: pb.ReceiptClaims | None,
+) -> pb.ReceiptClaims:
+    """Check a CHECKPOINT against what this client asked and received so far; ``before`` is the one before it.
+
+    Raises ReceiptError: the answer has failed, as with a receipt that does not hold.
+    """
+    claims = _opened(envelope, KIND_CHECKPOINT, executor)
+    wrong = _wrong(claims, client, executor, request_digest, request, answer_digest, answer_bytes)
+    if claims.outcome != pb.OUTCOME_PARTIAL:
+        wrong.append("outcome")
+    if before is not None:
+        if claims.price != before.price:
+            wrong.append("price")
+        if (
+            claims.usage.prompt_tokens < before.usage.prompt_tokens
+            or claims.usage.completion_tokens < before.usage.completion_tokens
+        ):
+            wrong.append("usage")
+    if wrong:
+        raise ReceiptError(f"the executor's checkpoint does not fit this exchange: {', '.join(wrong)}")
+    return claims
+
+
+def _opened(envelope: bytes, kind: EnvelopeKind, executor: PeerId) -> pb.ReceiptClaims:
+    try:
+        opened = open_envelope(envelope, kind, expected_signer=executor)
+        return pb.ReceiptClaims.FromString(opened.payload)
+    except (RemoteProtocolError, DecodeError) as exc:
+        raise ReceiptError(f"the executor's {kind.domain[6:-2]} cannot be used: {exc}") from exc
+
+
+def _wrong(
+    claims: pb.ReceiptClaims,
+    client: PeerId,
+    executor: PeerId,
+    request_digest: bytes,
+    request: pb.RequestClaims,
+    answer_digest: bytes,
+    answer_bytes: int,
+) -> list[str]:
+    """What of a receipt or a checkpoint breaks PROTOCOL.md, section 12."""
+    checks = {
+        "client": claims.client == client.raw,
+        "executor": claims.executor == executor.raw,
+        "request": claims.request_digest == request_digest,
+        "answer": claims.answer_digest == answer_digest and claims.answer_bytes == answer_bytes,
+        **terms_kept(claims, request),
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+def terms_kept(claims: pb.ReceiptClaims, request: pb.RequestClaims) -> dict[str, bool]:
+    """Whether a receipt or checkpoint keeps to what its request allows; anybody who has both can see it."""
+    return {
+        "model": claims.model == request.model,
+        "price": claims.price.prompt_per_million <= request.max_price.prompt_per_million
+        and claims.price.completion_per_million <= request.max_price.completion_per_million
+        and (claims.price.currency == request.max_price.currency or is_free(claims.price)),
+        "cost": claims.cost == owed_cost(claims.price, claims.usage, request),
+    }
+
+
+def is_free(price: pb.Price) -> bool:
+    """True when neither kind of token costs anything."""
     return price.prompt_per_million == 0 and price.completion_per_million == 0

@@ -24,7 +24,7 @@ from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.errors import StreamClosedError
 from lloom_sidecar.p2p.stream import P2PStream
-from lloom_sidecar.protocol.claims import cost_of, seal_receipt
+from lloom_sidecar.protocol.claims import owed_cost, seal_checkpoint, seal_receipt
 from lloom_sidecar.protocol.envelope import Signer, open_envelope
 from lloom_sidecar.protocol.exchange import (
     AckReceived,
@@ -124,7 +124,15 @@ class Responder:
 
     def receipt(self, asked: Asked, answer: bytes, **changes: Any) -> bytes:
         """A receipt that fits, but for ``changes``."""
-        usage = pb.Usage(prompt_tokens=3, completion_tokens=5)
+        return seal_receipt(self.statement(asked, answer, **changes), self.signer)
+
+    def checkpoint(self, asked: Asked, answer: bytes, **changes: Any) -> bytes:
+        """A checkpoint that fits, but for ``changes``."""
+        return seal_checkpoint(self.statement(asked, answer, outcome=pb.OUTCOME_PARTIAL, **changes), self.signer)
+
+    def statement(self, asked: Asked, answer: bytes, **changes: Any) -> pb.ReceiptClaims:
+        """The claims of either; the cost follows from the usage."""
+        usage = changes.get("usage", pb.Usage(prompt_tokens=3, completion_tokens=5))
         fields: dict[str, Any] = {
             "client": self.stream.peer.raw,
             "executor": self.signer.peer.raw,
@@ -135,10 +143,10 @@ class Responder:
             "usage": usage,
             "usage_source": pb.USAGE_SOURCE_BACKEND,
             "price": asked.claims.max_price,
-            "cost": cost_of(asked.claims.max_price, usage),
+            "cost": owed_cost(asked.claims.max_price, usage, asked.claims),
             "outcome": pb.OUTCOME_COMPLETE,
         }
-        return seal_receipt(pb.ReceiptClaims(**(fields | changes)), self.signer)
+        return pb.ReceiptClaims(**(fields | changes))
 
     async def answer(self, asked: Asked, *pieces: bytes, **changes: Any) -> None:
         """HEAD, DATA for each piece, END; ``changes`` falsify the receipt."""

@@ -202,7 +202,10 @@ class Bench:
             now_ms=lambda: self.now_ms,
             compresses_for=lambda peer: settings.get("compresses", False),
             compresses_streams=settings.get("compresses_streams", False),
+            ledger_trouble=lambda: self.ledger_trouble,
+            max_unacked=settings.get("max_unacked", 0),
         )
+        self.ledger_trouble: str | None = None
         self.buffer_bytes: int | None = settings.get("buffer_bytes")
         self.streams: list[P2PStream] = []
 
@@ -373,7 +376,8 @@ class TestBackendFails:
             assert (await r.error()).code == code
             await wait_all_tasks_blocked()
             assert b.observer.ended == [code]
-            assert b.observer.receipts == []
+            told = [(served.receipt, served.checkpoint, served.reason) for served in b.observer.receipts]
+            assert told == [(None, None, code)]
             assert b.is_idle()
             b.backend.script = sse(*HELLO)
             await r.ask(body)

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "peers": BASE | {"protocol"},
     "p2p": BASE | {"protocol"},
     "http": {"errors"},
-    "ledger": BASE,
+    "ledger": BASE | {"protocol"},
     "admin": BASE,
     "link": BASE | {"protocol", "p2p"},
     "network": BASE | {"protocol", "p2p", "peers"},

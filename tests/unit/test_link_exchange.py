@@ -220,15 +220,6 @@ class TestAnswer:
         async with bench(then(pinging)) as b:
             assert await b.ask() == b"x"
 
-    async def test_checkpoints_are_passed_over(self) -> None:
-        async def priced(far: Responder, asked: Asked) -> None:
-            checkpoint = pb.Frame(checkpoint=pb.Checkpoint(envelope=b"c")).SerializeToString()
-            await far.send_raw(bytes([len(checkpoint)]) + checkpoint)
-            await far.send_raw(far.machine.data(b"x") + far.machine.end(far.receipt(asked, b"x")))
-
-        async with bench(then(priced)) as b:
-            assert await b.ask() == b"x"
-
 
 class TestOnceMore:
     @pytest.mark.parametrize("closes", ["at the request", "while idle"])
