@@ -69,6 +69,11 @@ test-system: .venv/.installed-dev ## Go's race tests, namespaces, compose, chaos
 soak: .venv/.installed-dev ## The long fault scenarios: partitions, floods, skewed clocks, chaos (root)
 	$(call timed,$(BIN)/python -m pytest tests/system -m soak -s $(ARGS))
 
+.PHONY: test-kubernetes
+test-kubernetes: .venv/.installed-dev ## The chart on a real one-node cluster (root; ten minutes the first time)
+	@bash tests/system/engine/install.sh && bash tests/kubernetes/kubernetes_cluster/install.sh
+	$(call timed,$(BIN)/python -m pytest tests/kubernetes -s $(ARGS))
+
 PYTHON_SOURCES := $(wildcard lloom_sidecar tests tools hatch_build.py)
 GO_FOLDERS := $(wildcard daemon/cmd daemon/internal)
 
