@@ -686,7 +686,17 @@ class Config:
             _seconds(0.1, 120),
             "--heartbeat",
             "network",
-            "Interval of gossipsub's heartbeat and shortest interval of an executor's announcements.",
+            "Interval of gossipsub's heartbeat, which mends the mesh; announcements come each 10 s or more.",
+        ),
+    )
+    gossip: str = field(
+        default="on",
+        metadata=_about(
+            _one_of("on", "off"),
+            "--gossip",
+            "network",
+            "off: this node neither listens nor speaks on the topics, and finds executors by hello, catalogues and the "
+            "DHT. For links where every byte counts: changes are then seen late.",
         ),
     )
 
@@ -791,6 +801,11 @@ class Config:
     def is_dht_server(self) -> bool:
         """True when p2pd is started as a DHT server."""
         return self.dht == "server" or (self.dht == "auto" and (self.is_executor or self.is_validator))
+
+    @property
+    def has_gossip(self) -> bool:
+        """False when the topics are not used."""
+        return self.gossip == "on"
 
     @property
     def price(self) -> Price:

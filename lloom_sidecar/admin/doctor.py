@@ -379,10 +379,10 @@ def judge_records(facts: Sequence[RecordFacts], *, error: str = "") -> list[Find
 def judge_gossip(topics: Mapping[str, int], *, wanted: Collection[str], members: int) -> Finding:
     """``topics``: subscribed topic -> other subscribers; ``members``: connected members of the network."""
     missing = sorted(set(wanted) - set(topics))
-    if missing:
+    if missing and members:
         text = f"not subscribed to {', '.join(missing)}"
         return finding("gossip", "warning", text, "Wait a few seconds after p2pd's start; else restart the node.")
-    lonely = sorted(topic for topic in wanted if not topics[topic])
+    lonely = sorted(topic for topic in wanted if not topics.get(topic))
     if lonely and members:
         text = f"no neighbour shares {', '.join(lonely)}, though {members} members are connected"
         remedy = "Gossip skips relayed connections: connect directly to a validator (`lloomctl peer list`)."

@@ -66,7 +66,9 @@ class Announcer:
         software: str,
         on_published: Callable[[], None],
         rng: random.Random,
+        is_silent: bool = False,
     ) -> None:
+        """``is_silent``: nothing is published; hello alone hands out ``current``."""
         self._signer = signer
         self._key = key
         self._offer = offer
@@ -78,6 +80,7 @@ class Announcer:
         self._software = software
         self._on_published = on_published
         self._rng = rng
+        self._is_silent = is_silent
         self._changed = trio.Event()
         self._announced: tuple[tuple[ModelOffer, ...], tuple[Multiaddr, ...]] | None = None
         self._full: bytes = b""
@@ -110,7 +113,8 @@ class Announcer:
         pace = TokenBucket(rate_per_s=MAX_PER_S, burst=BURST, now=trio.current_time())
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch_topic)
+                if not self._is_silent:
+                    nursery.start_soon(self._watch_topic)
                 while True:
                     await trio.sleep(pace.wait_s(trio.current_time()))
                     pace.take(trio.current_time())
@@ -141,7 +145,8 @@ class Announcer:
         addrs = self._addrs()
         now = trio.current_time()
         if self._announced == (offer.models, addrs) and now - self._full_at < FULL_EVERY_S:
-            await self._publish(Kind.HEARTBEAT, (), (), offer.load, ttl_s, self._full_digest)
+            if not self._is_silent:
+                await self._publish(Kind.HEARTBEAT, (), (), offer.load, ttl_s, self._full_digest)
             return
         kind = Kind.INITIAL if self._announced is None else Kind.UPDATE
         # What hello hands out must be true even while p2pd is away, so it is set before publishing.
@@ -175,6 +180,8 @@ class Announcer:
             )
             if models:
                 self._full, self._full_digest = sealed, hashlib.sha256(sealed).digest()
+            if self._is_silent:
+                return False
             await self._get_daemon().publish(TOPIC_EXECUTORS, sealed)
         except DaemonError as exc:
             log.info("announcement_not_published", code=exc.code)

@@ -25,7 +25,8 @@ PROVIDE_RETRY_S: Final = 2.0
 MAX_PROVIDE_RETRY_S: Final = 60.0
 PROVIDE_TIMEOUT_S: Final = 60.0
 LOOK_UP_TIMEOUT_S: Final = 3.0
-PROVIDERS: Final = 20
+PROVIDERS: Final = 100
+"""That one search asks for. Records of the dead live on for up to 48 h, and must not crowd out the living."""
 MAX_PROVIDES: Final = 4
 """Records that are put at once: a slow one does not hold up the others."""
 MAX_GREETS: Final = 16
@@ -106,10 +107,13 @@ class Discovery:
             self._on_found(trio.current_time() - began_at)
 
     async def _search_now_and_then(self) -> None:
+        pause_s = PROVIDE_RETRY_S
         while True:
             if len(self._book) == 0 or self._is_alone():
                 await self._find(SERVICE_EXECUTOR, SEARCH_TIMEOUT_S, lambda: False)
-            await trio.sleep(SEARCH_EVERY_S if len(self._book) else PROVIDE_RETRY_S)
+            # What the first search found may not be all: the routing table has only just begun to fill.
+            pause_s = min(SEARCH_EVERY_S, 2 * pause_s) if len(self._book) else PROVIDE_RETRY_S
+            await trio.sleep(pause_s)
 
     async def _find(self, key: str, timeout_s: float, is_enough: Callable[[], bool]) -> None:
         places = trio.CapacityLimiter(MAX_GREETS)

@@ -211,29 +211,13 @@ class ControlPlane:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run its services until cancelled."""
-        rates: RateLimiter[PeerId] = RateLimiter(
-            rate_per_s=MAX_ANNOUNCEMENTS_PER_S, burst=ANNOUNCEMENT_BURST, max_keys=MAX_AUTHORS
-        )
         async with trio.open_nursery() as nursery:
             await nursery.start(self.connections.run)
-            nursery.start_soon(
-                lambda: run_gossip(
-                    me=self._me,
-                    get_daemon=self._get_daemon,
-                    intake=self.intake,
-                    rates=rates,
-                    on_message=lambda: self._metrics.message_received("announcement"),
-                    on_dropped=self._metrics.announcement_dropped,
-                    is_banned=self.membership.is_banned_author,
-                    on_offence=self.membership.on_offence,
-                    is_connected=self._is_connected,
-                    is_anchor=self.config.is_validator,
-                    on_neighbours=self._on_neighbours,
-                )
-            )
-            nursery.start_soon(self._listen_for_statuses)
-            if self.config.is_validator:
-                nursery.start_soon(self._publish_statuses)
+            if self.config.has_gossip:
+                nursery.start_soon(self._listen_for_announcements)
+                nursery.start_soon(self._listen_for_statuses)
+                if self.config.is_validator:
+                    nursery.start_soon(self._publish_statuses)
             nursery.start_soon(self.greeter.run)
             nursery.start_soon(self.tags.run)
             await nursery.start(self.bootstrap.run)
@@ -249,6 +233,21 @@ class ControlPlane:
                 )
             )
             task_status.started()
+
+    async def _listen_for_announcements(self) -> None:
+        await run_gossip(
+            me=self._me,
+            get_daemon=self._get_daemon,
+            intake=self.intake,
+            rates=RateLimiter(rate_per_s=MAX_ANNOUNCEMENTS_PER_S, burst=ANNOUNCEMENT_BURST, max_keys=MAX_AUTHORS),
+            on_message=lambda: self._metrics.message_received("announcement"),
+            on_dropped=self._metrics.announcement_dropped,
+            is_banned=self.membership.is_banned_author,
+            on_offence=self.membership.on_offence,
+            is_connected=self._is_connected,
+            is_anchor=self.config.is_validator,
+            on_neighbours=self._on_neighbours,
+        )
 
     async def _listen_for_statuses(self) -> None:
         await run_topic(

@@ -216,6 +216,8 @@ class Doctor:
         return RecordFacts(key, holders=sum(answers), asked=len(answers))
 
     async def _gossip(self) -> list[Finding]:
+        if not self._node.config.has_gossip:
+            return [finding("gossip", "info", "off by the setting gossip: changes in the network are seen late")]
         daemon = self._node.daemon()
         topics = {topic: len(await daemon.topic_peers(topic)) for topic in await daemon.topics()}
         wanted = (TOPIC_EXECUTORS, TOPIC_NETWORK)

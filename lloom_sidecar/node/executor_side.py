@@ -99,6 +99,7 @@ class ExecutorSide:
             software=agent_version(__version__),
             on_published=on_published,
             rng=rng,
+            is_silent=not config.has_gossip,
         )
 
     def _make_backend(self) -> Backend:

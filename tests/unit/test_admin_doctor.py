@@ -226,6 +226,7 @@ def test_records_that_nobody_holds() -> None:
         ({"a": 1}, 2, "warning"),
         ({"a": 1, "b": 0}, 2, "warning"),
         ({"a": 0, "b": 0}, 0, "skipped"),
+        ({}, 0, "skipped"),
     ],
 )
 def test_gossip(topics: dict[str, int], members: int, severity: str) -> None:

@@ -38,7 +38,7 @@ class Topic:
         self.published.append((trio.current_time(), kind))
 
 
-def announcer_of(topic: Topic, models: list[ModelOffer] | None = None) -> Announcer:
+def announcer_of(topic: Topic, models: list[ModelOffer] | None = None, **more: Any) -> Announcer:
     async def next_sequence(now_ms: int) -> int:
         await trio.lowlevel.checkpoint()
         return now_ms + len(topic.published)
@@ -55,6 +55,7 @@ def announcer_of(topic: Topic, models: list[ModelOffer] | None = None) -> Announ
         software="lloom/test",
         on_published=lambda: None,
         rng=random.Random(1),
+        **more,
     )
 
 
@@ -113,3 +114,22 @@ async def test_the_same_topic_peer_is_told_once(autojump_clock: MockClock) -> No
         nursery.cancel_scope.cancel()
     kinds = [kind for _, kind in topic.published]
     assert kinds == [Kind.INITIAL, Kind.UPDATE, Kind.REMOVAL]
+
+
+async def test_a_silent_one_makes_announcements_for_hello_alone(autojump_clock: MockClock) -> None:
+    topic = Topic()
+    topic.peers = [OTHER]
+    models = [ModelOffer("m")]
+    announcer = announcer_of(topic, models, is_silent=True)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(announcer.run)
+        await trio.sleep(60)
+        first = announcer.current
+        models.append(ModelOffer("n"))
+        announcer.changed()
+        await trio.sleep(1)
+        found = [open_announcement(raw, keys=[KEY], expected_signer=SIGNER.peer) for raw in (first, announcer.current)]
+        nursery.cancel_scope.cancel()
+    assert [[model.id for model in one.models] for one in found] == [["m"], ["m", "n"]]
+    assert topic.published == []
+    assert announcer.current == b""

@@ -17,7 +17,7 @@ from lloom_sidecar.network.intake import Intake
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.protocol.announcement import MAX_FULL_BYTES
 from lloom_sidecar.protocol.envelope import Signer
-from lloom_sidecar.protocol.names import PROTOCOL_HELLO, service_cid, service_model
+from lloom_sidecar.protocol.names import PROTOCOL_HELLO, SERVICE_EXECUTOR, service_cid, service_model
 from lloom_sidecar.protocol.network_key import NetworkKey
 
 A, B = Signer(b"a" * 32), Signer(b"b" * 32)
@@ -195,6 +195,23 @@ class TestLookUps:
             await trio.sleep(DEAD_S + 1)
             await discovery._find(service_model("m"), 3.0, lambda: False)
             assert here.node.p2pd.requests["CONNECT"] == tried + len(dead)
+
+    async def test_while_alone_it_searches_again_soon_then_ever_more_seldom(self, autojump_clock: MockClock) -> None:
+        async with sidecars(2) as (here, there), trio.open_nursery() as nursery:
+            there.mine = announcement(there.node.signer)
+            await there.listen()
+            discovery = self.discovery(here, away=set(), keys=[], is_alone=True)
+            await nursery.start(lambda task_status: discovery.run(searches=True, task_status=task_status))
+            await trio.sleep(5)
+            assert here.node.p2pd.requests["DHT FIND_PROVIDERS"] == 3  # at 0, 2 and 4 s: nobody is known
+            await there.node.daemon.provide(service_cid(SERVICE_EXECUTOR))
+            await trio.sleep(2)
+            assert len(here.book) == 1
+            await trio.sleep(24)
+            assert here.node.p2pd.requests["DHT FIND_PROVIDERS"] == 6  # 6, 10, 18 s
+            await trio.sleep(240)
+            assert here.node.p2pd.requests["DHT FIND_PROVIDERS"] in (10, 11)
+            nursery.cancel_scope.cancel()
 
     async def test_those_kept_away_are_not_asked(self) -> None:
         async with sidecars(2) as (here, there):
