@@ -35,7 +35,8 @@ REFUSED_GRACE_S: Final = 3.0
 GREET_TIMEOUT_S: Final = 5.0
 GREETED_S: Final = 50 * 60.0
 """Greeted again before a membership's hour is over."""
-FIRST_RETRY_S: Final = 30.0
+FIRST_RETRY_S: Final = 5.0
+"""Both sides' first hellos may have failed: one was not listening yet, or busy. Soon enough that nobody notices."""
 MAX_RETRY_S: Final = 600.0
 """A peer that does not speak hello (a stock libp2p node) is asked ever more seldom."""
 MAX_GREETS: Final = 16
@@ -105,9 +106,12 @@ class Greeter:
                 self._forget_unseen(now)
                 for peer in [*self._connections]:
                     seen = self._see(peer, now)
+                    if seen.is_under_way:
+                        continue
                     cause = self._unwanted(peer, seen, now)
                     if cause is not None:
-                        await self._disconnect(peer, cause)
+                        seen.is_under_way = True
+                        nursery.start_soon(self._close, peer, seen, cause)
                     elif self._is_due(peer, seen, now) and len(nursery.child_tasks) < MAX_GREETS:
                         seen.is_under_way = True
                         nursery.start_soon(self._greet, peer, seen)
@@ -139,15 +143,21 @@ class Greeter:
         return code
 
     def _is_due(self, peer: PeerId, seen: _Seen, now: float) -> bool:
-        if seen.is_under_way or now < seen.due_at:
+        if now < seen.due_at:
             return False
         addr = self._connections.addr_of(peer)
         # Through a relay only what somebody asks for: a validator relays for many who never talk to each other.
         is_direct = addr is not None and not addr.is_relayed
         return is_direct and self._standing.keeps_away(peer, now) is None
 
+    async def _close(self, peer: PeerId, seen: _Seen, cause: str) -> None:
+        try:
+            await self._disconnect(peer, cause)
+        finally:
+            seen.is_under_way = False
+
     async def _greet(self, peer: PeerId, seen: _Seen) -> None:
-        code = "timeout"
+        code, due_at = "timeout", seen.due_at
         try:
             with trio.move_on_after(GREET_TIMEOUT_S):
                 await self._hello.greet(peer)
@@ -158,5 +168,7 @@ class Greeter:
         finally:
             seen.is_under_way = False
         log.debug("connection_not_greeted", peer=str(peer), code=code)
+        if seen.due_at != due_at:
+            return  # meanwhile it greeted us
         seen.due_at = trio.current_time() + seen.retry_s
         seen.retry_s = min(MAX_RETRY_S, 2 * seen.retry_s)

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 import trio
 
-from lloom_sidecar.errors import DaemonError, PeerTimeoutError, PeerUnreachableError, RemoteProtocolError
+from lloom_sidecar.errors import DaemonError, LloomError, PeerTimeoutError, PeerUnreachableError, RemoteProtocolError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.p2p.stream import P2PStream
@@ -75,6 +75,17 @@ class Catalogue:
     truncated: bool
 
 
+class _UnderWay:
+    """A hello that is being said, for those who wait for its outcome; without one it was cancelled."""
+
+    __slots__ = ("done", "error", "greeted")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.greeted: Greeted | None = None
+        self.error: LloomError | None = None
+
+
 CatalogueSource = Callable[[str, int], CataloguePage]
 """(model filter or empty, since) -> page."""
 
@@ -106,25 +117,33 @@ class HelloService:
         self._on_refused = on_refused
         self._catalogue = catalogue
         self._ban_of = ban_of
-        self._under_way: dict[PeerId, trio.Event] = {}
+        self._under_way: dict[PeerId, _UnderWay] = {}
 
     async def greet(self, peer: PeerId) -> Greeted:
-        """Say hello to a connected (or dialable) peer. One at a time per peer: a second caller waits for the
-        first's end and then says its own.
+        """Say hello to a connected (or dialable) peer. One at a time per peer: whoever comes meanwhile gets the same
+        outcome, and takes over when the first is cancelled.
 
         Raises:
             HelloRefusedError: the peer refused, or is of another network.
             PeerUnreachableError, PeerTimeoutError, RemoteProtocolError: no proper hello within 10 s.
             DaemonUnavailableError: p2pd does not answer.
         """
-        while peer in self._under_way:
-            await self._under_way[peer].wait()
-        self._under_way[peer] = trio.Event()
+        while (first := self._under_way.get(peer)) is not None:
+            await first.done.wait()
+            if first.error is not None:
+                raise first.error
+            if first.greeted is not None:
+                return first.greeted
+        self._under_way[peer] = mine = _UnderWay()
         try:
             async with self._opened(peer) as (greeted, _, _):
+                mine.greeted = greeted
                 return greeted
+        except LloomError as exc:
+            mine.error = exc
+            raise
         finally:
-            self._under_way.pop(peer).set()
+            self._under_way.pop(peer).done.set()
 
     async def read_catalogue(self, peer: PeerId, *, model: str = "", since: int = 0) -> Catalogue:
         """Say hello and read the peer's catalogue. Raises as ``greet`` does."""

@@ -9,7 +9,7 @@ import pytest
 from natlab import Lan, add_on, backend_on, chat_on
 
 from tests.harness import Network, Node
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import pause, wait_until
 
 pytestmark = pytest.mark.root
 FAST = ["--heartbeat", "1"]
@@ -72,3 +72,30 @@ def test_two_fresh_nodes_find_each_other_and_nobody_else() -> None:
         # One that does not take part finds nobody and is not found.
         assert quiet.status()["connections"] == 0
         assert all(quiet.peer not in node.peers() for node in (executor, client, other))
+
+
+def test_a_first_dial_that_fails_is_repeated() -> None:
+    """Multicast tells of each peer once an hour: without the repetition the two would not meet before."""
+    with (
+        Lan(2) as lan,
+        Network(validators=0, executors=0, clients=0, flags=FAST) as network,
+        backend_on(lan.hosts[0]) as backend,
+    ):
+        host, client_host = lan.hosts
+        host.block(client_host)
+        client_host.block(host)
+        executor = add_on(host, network, "executor", "--mdns", backend=backend)
+        client = add_on(client_host, network, "client", "--mdns")
+        network.executors.append(executor)
+        network.clients.append(client)
+        for node in network.nodes:
+            node.start(wait=False)
+        for node in network.nodes:
+            node.wait_up()
+        pause(5)
+        assert client.status()["connections"] == 0
+        host.unblock(client_host)
+        client_host.unblock(host)
+        began_at = time.monotonic()
+        wait_until(partial(is_member, client, executor), "the two to meet", timeout_s=90, explain=network.logs)
+        print(f"met {time.monotonic() - began_at:.2f} s after the link let them")

@@ -98,52 +98,76 @@ class TestGreet:
             greeted = await here.service.greet(b.peer)
             assert (greeted.is_member, greeted.network_id) == (False, b"")
 
-    async def test_many_at_once_are_said_one_after_the_other(self) -> None:
+    async def test_many_at_once_share_one(self) -> None:
         async with fake_nodes(2) as (a, b):
             here, there = Side(a), Side(b)
-            open_now = most = 0
+            await there.listen()
+            outcomes: list[Greeted] = []
 
-            async def count(stream: P2PStream) -> None:
-                nonlocal open_now, most
-                open_now += 1
-                most = max(most, open_now)
-                await there.service.serve_stream(stream)
-                open_now -= 1
+            async def greet() -> None:
+                outcomes.append(await here.service.greet(b.peer))
 
-            await b.serve(PROTOCOL_HELLO, count)
             async with trio.open_nursery() as nursery:
                 for _ in range(5):
-                    nursery.start_soon(here.service.greet, b.peer)
-            assert len(here.greeted) == 5
-            assert most <= 2  # the far side may see the next one before the last one's end
+                    nursery.start_soon(greet)
+            assert len(here.greeted) == 1
+            assert outcomes == 5 * here.greeted
+            # The next one is a hello of its own.
+            await here.service.greet(b.peer)
+            assert len(here.greeted) == 2
 
-    async def test_one_that_fails_lets_the_next_try(self) -> None:
+    async def test_and_its_failure(self) -> None:
         async with fake_nodes(2) as (a, b):
             here, there = Side(a), Side(b)
-            first = True
+            hellos = 0
 
             async def flaky(stream: P2PStream) -> None:
-                nonlocal first
-                if first:
-                    first = False
+                nonlocal hellos
+                hellos += 1
+                if hellos == 1:
                     await stream.receive_some()
                     return
                 await there.service.serve_stream(stream)
 
             await b.serve(PROTOCOL_HELLO, flaky)
-            outcomes: list[str] = []
+            failed = 0
 
             async def greet() -> None:
-                try:
+                nonlocal failed
+                with pytest.raises(PeerUnreachableError):
                     await here.service.greet(b.peer)
-                    outcomes.append("ok")
-                except PeerUnreachableError:
-                    outcomes.append("failed")
+                failed += 1
 
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(greet)
-                nursery.start_soon(greet)
-            assert sorted(outcomes) == ["failed", "ok"]
+                for _ in range(3):
+                    nursery.start_soon(greet)
+            assert (hellos, failed) == (1, 3)
+            await here.service.greet(b.peer)
+
+    async def test_one_that_is_cancelled_is_taken_over(self, autojump_clock: MockClock) -> None:
+        async with fake_nodes(2) as (a, b):
+            here, there = Side(a), Side(b)
+            hellos = 0
+
+            async def slow_at_first(stream: P2PStream) -> None:
+                nonlocal hellos
+                hellos += 1
+                if hellos == 1:
+                    await trio.sleep(DAY_S)
+                await there.service.serve_stream(stream)
+
+            await b.serve(PROTOCOL_HELLO, slow_at_first)
+
+            async def give_up() -> None:
+                with trio.move_on_after(1):
+                    await here.service.greet(b.peer)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up)
+                await wait_all_tasks_blocked()
+                with trio.fail_after(2):
+                    await here.service.greet(b.peer)
+            assert len(here.greeted) == 1
 
 
 class TestFailures:

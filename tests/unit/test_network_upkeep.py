@@ -234,6 +234,48 @@ class TestGreeter:
         await trio.sleep(30)
         assert world.disconnects == []
 
+    async def test_a_failed_hello_is_said_again_soon_unless_the_peer_greeted_us_meanwhile(
+        self, world: World, greeter: Greeter, nursery: trio.Nursery, autojump_clock: MockClock
+    ) -> None:
+        async def fail(peer: PeerId) -> None:
+            await trio.sleep(2)
+            if peer == B:
+                greeter.greeted(B)
+            raise PeerUnreachableError("not listening yet")
+
+        world.answer = fail
+        world.connected = {A: DIRECT, B: DIRECT}
+        nursery.start_soon(greeter.run)
+        await trio.sleep(12)
+        greeted = [peer for _, peer in world.greets]
+        assert greeted.count(A) == 2
+        assert greeted.count(B) == 1
+
+    async def test_a_disconnect_that_hangs_holds_nobody_up(
+        self, world: World, standing: Standing, nursery: trio.Nursery, autojump_clock: MockClock
+    ) -> None:
+        closed: list[PeerId] = []
+
+        async def hang(peer: PeerId, cause: str) -> None:
+            closed.append(peer)
+            await trio.sleep_forever()
+
+        greeter = Greeter(
+            me=ME,
+            connections=world,  # type: ignore[arg-type]
+            hello=world,  # type: ignore[arg-type]
+            standing=standing,
+            is_needed=lambda peer: False,
+            disconnect=hang,
+            rng=random.Random(1),
+        )
+        standing.refuse(A, "not_member", trio.current_time())
+        world.connected = {A: DIRECT, B: DIRECT}
+        nursery.start_soon(greeter.run)
+        await trio.sleep(10)
+        assert closed == [A]
+        assert [peer for _, peer in world.greets] == [B]
+
     async def test_a_hello_whose_connection_was_never_seen_is_forgotten(
         self, world: World, greeter: Greeter, nursery: trio.Nursery, autojump_clock: MockClock
     ) -> None:

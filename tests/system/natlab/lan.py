@@ -39,6 +39,14 @@ class Host:
         with (self._etc / "hosts").open("w") as file:
             file.write(text)
 
+    def block(self, other: Host) -> None:
+        """No unicast to ``other`` leaves from here; multicast does. Open connections stay open and get no further."""
+        run("ip", "-n", self.name, "route", "add", "unreachable", other.address)
+
+    def unblock(self, other: Host) -> None:
+        """Undo ``block``."""
+        run("ip", "-n", self.name, "route", "del", "unreachable", other.address)
+
     def remove(self) -> None:
         """Delete the namespace and its files."""
         subprocess.run(["ip", "netns", "del", self.name], capture_output=True, timeout=20, check=False)
