@@ -37,9 +37,11 @@ INTERVAL_JITTER: Final = 0.1
 TTL_INTERVALS: Final = 3
 MIN_REPEAT_S: Final = 2.0
 """Shortest time between two statuses that newly seen topic peers cause."""
+CHANGE_S: Final = 5.0
+"""Shortest time between two statuses because the numbers changed: right after a start they all do."""
 TOPIC_POLL_S: Final = 1.0
 MAX_STATUSES_PER_S: Final = 0.5
-"""Of one author; an honest one sends two a minute, and one more when a peer joins the topic."""
+"""Of one author; an honest one sends two a minute, and more when its numbers change or a peer joins the topic."""
 STATUS_BURST: Final = 6.0
 
 log = structlog.get_logger("lloom.status")
@@ -160,6 +162,7 @@ async def run_publisher(
     signer: Signer,
     key: Callable[[], NetworkKey | None],
     summary: Callable[[], NetworkStatus],
+    census: Callable[[], object],
     get_daemon: Callable[[], Daemon],
     next_sequence: Callable[[int], Awaitable[int]],
     now_ms: Callable[[], int],
@@ -167,10 +170,12 @@ async def run_publisher(
     rng: random.Random,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Publish a validator's status each 30 s, and when a peer joins the topic, until cancelled.
+    """Publish a validator's status each 30 s, when a peer joins the topic and when the census changes, until cancelled.
 
-    ``on_published`` gets the envelope."""
+    ``census``: asked each second; another value than before means that the last status is out of date. ``on_published``
+    gets the envelope."""
     task_status.started()
+    published: object = None
     topic_peers: frozenset[PeerId] = frozenset()
     published_at = float("-inf")
     next_at = trio.current_time()
@@ -182,6 +187,8 @@ async def run_publisher(
                 # What was published before it joined is lost to it.
                 next_at = min(next_at, max(now, published_at + MIN_REPEAT_S))
             topic_peers = peers
+            if (counted := census()) != published:
+                next_at = min(next_at, max(now, published_at + CHANGE_S))
             if now >= next_at:
                 sealed = seal_status(
                     signer=signer,
@@ -193,7 +200,7 @@ async def run_publisher(
                 )
                 await get_daemon().publish(TOPIC_NETWORK, sealed)
                 on_published(sealed)
-                published_at = now
+                published_at, published = now, counted
                 next_at = now + INTERVAL_S * (1 - INTERVAL_JITTER * rng.random())
         except DaemonError as exc:
             topic_peers = frozenset()

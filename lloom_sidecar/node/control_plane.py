@@ -269,6 +269,7 @@ class ControlPlane:
             signer=self._signer,
             key=self.membership.current_key,
             summary=self.summary,
+            census=lambda: (len(self.book), self.members()),
             get_daemon=self._get_daemon,
             next_sequence=self._next_sequence,
             now_ms=now_ms,

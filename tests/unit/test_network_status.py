@@ -177,6 +177,7 @@ class Topic:
         self.published: list[tuple[float, bytes]] = []
         self.peers: list[PeerId] = []
         self.is_up = True
+        self.census = 0
 
     def get(self) -> Topic:
         if not self.is_up:
@@ -208,6 +209,7 @@ async def topic(autojump_clock: MockClock, nursery: trio.Nursery) -> Topic:
             signer=VALIDATOR,
             key=lambda: KEY,
             summary=lambda: NetworkStatus(executors=len(topic.peers)),
+            census=lambda: topic.census,
             get_daemon=topic.get,  # type: ignore[arg-type]  # the two methods that are used
             next_sequence=next_sequence,
             now_ms=lambda: NOW_MS,
@@ -237,6 +239,19 @@ async def test_a_peer_that_joins_the_topic_is_told_soon(topic: Topic, autojump_c
     topic.peers = [SIGNERS[2].peer, SIGNERS[3].peer]
     await trio.sleep(4)
     assert len(topic.published) == 3
+
+
+async def test_changed_numbers_are_told_soon_but_not_each_time(topic: Topic, autojump_clock: MockClock) -> None:
+    await trio.sleep(12.5)
+    topic.census = 1
+    await trio.sleep(1)
+    assert len(topic.published) == 2
+    for number in range(10):
+        topic.census = 2 + number
+        await trio.sleep(1)
+    assert len(topic.published) == 4
+    await trio.sleep(10)
+    assert len(topic.published) == 4
 
 
 async def test_it_goes_on_after_p2pd_was_away(topic: Topic, autojump_clock: MockClock) -> None:
