@@ -89,6 +89,10 @@ def test_two_open_nodes_serve_each_other_and_say_so(network: Network, strangers:
 
 
 def test_an_open_client_is_not_served_by_an_executor_that_is_not_open(network: Network, strangers: Strangers) -> None:
+    # Hello does not tell it what there is; only the topic does, when everything is announced because something changed.
+    with network.executors[0].admin() as admin:
+        admin.set_price("scripted", "1/1 EUR")
+        admin.set_price("scripted", "free")
     network.wait_known(strangers.open_client, [network.executors[0]], timeout_s=30)
     before = network.executors[0].metric("lloom_refused_total", code="not_member")
     answer = strangers.open_client.chat("a secret chunks=2")
