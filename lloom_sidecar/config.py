@@ -51,6 +51,9 @@ BOOTSTRAP_FILE_NAME: Final = "bootstrap"
 """One validator's multiaddr a line; ``lloomctl network join`` writes it."""
 NETWORK_KEY_NAME: Final = "network.key"
 MAX_CONFIG_BYTES: Final = 1 << 20
+MIN_RATE: Final = 0.001
+MAX_RATE: Final = 1e6
+"""Requests a second."""
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Longest path of a unix socket, without its NUL. Source: unix(7), sun_path."""
 
@@ -160,6 +163,16 @@ def _seconds(least: float, most: float) -> _Kind:
         return number
 
     return _Kind("seconds", "SECONDS", read)
+
+
+def _rate(value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    except ValueError:
+        number = None
+    if number is None or not (number == 0 or MIN_RATE <= number <= MAX_RATE):
+        raise ValueError(f"{value!r} is neither 0 (no limit) nor a number from {MIN_RATE:g} to {MAX_RATE:g}")
+    return number
 
 
 def _one_of(*words: str) -> _Kind:
@@ -272,6 +285,7 @@ def _peer(value: Any) -> PeerId:
     return PeerId.parse(_text(value))
 
 
+_RATE: Final = _Kind("number", "N", _rate)
 _TEXT_MODEL: Final = _Kind("'builtin' or a path", "builtin|PATH.gguf", _model)
 _PATH: Final = _Kind("path", "PATH", _path)
 _SWITCH: Final = _Kind("true or false", "", _switch)
@@ -404,6 +418,64 @@ class Config:
             "--queue-limit",
             "executor",
             "Requests that may wait for a slot; further ones are refused.",
+        ),
+    )
+    peer_limit: int = field(
+        default=0,
+        metadata=_about(
+            _whole(0, 65536),
+            "--peer-limit",
+            "executor",
+            "Requests of one peer that may work and wait here at once; 0 = as many as others leave room for.",
+        ),
+    )
+    priority_peers: tuple[PeerId, ...] = field(
+        default=(),
+        metadata=_about(
+            _Kind("peer id", "PEER", _peer),
+            "--priority-peer",
+            "executor",
+            "Peers whose requests go before those of all others, in a queue of their own.",
+            many=True,
+        ),
+    )
+    priority_slots: int = field(
+        default=1,
+        metadata=_about(
+            _whole(0, 4096),
+            "--priority-slots",
+            "executor",
+            "Slots that are kept for priority_peers while they ask, and five minutes after; one is always left to "
+            "others. With 0 they wait for a slot as others do, in front of them.",
+        ),
+    )
+    peer_rate: float = field(
+        default=0.0,
+        metadata=_about(
+            _RATE,
+            "--peer-rate",
+            "executor",
+            "Requests a second of one member, averaged over a second or more; 0 = no limit.",
+        ),
+    )
+    subnet_rate: float = field(
+        default=20.0,
+        metadata=_about(
+            _RATE,
+            "--subnet-rate",
+            "executor",
+            "Requests a second of all peers outside the network that come from one /24 (IPv6: /48), or through the "
+            "relays in one; only an open executor serves such. 0 = no limit.",
+        ),
+    )
+    global_rate: float = field(
+        default=5000.0,
+        metadata=_about(
+            _RATE,
+            "--global-rate",
+            "executor",
+            "Requests a second of all peers together; above it they are refused before their signature is checked. "
+            "0 = no limit.",
         ),
     )
     max_tokens_default: int = field(
@@ -1235,7 +1307,7 @@ def _suits_file(kind: _Kind, value: Any, many: bool) -> bool:
     if many:
         return isinstance(value, list)
     if isinstance(value, str):
-        return kind is not _SWITCH and kind.name not in ("whole number", "seconds")
+        return kind is not _SWITCH and kind.name not in ("whole number", "number", "seconds")
     return isinstance(value, (bool, int, float))
 
 

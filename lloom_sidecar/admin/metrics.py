@@ -24,6 +24,7 @@ OTHER: Final = "other"
 DURATION_BUCKETS: Final = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Seconds: an LLM's answer takes from milliseconds (embeddings) to minutes."""
 FIRST_TOKEN_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0)
+QUEUE_WAIT_BUCKETS: Final = (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 DISCOVERY_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 Role = Literal["client", "executor"]
@@ -116,6 +117,12 @@ class Metrics:
         )
         self._in_flight = Gauge("lloom_requests_in_flight", "Requests under way.", ("role",), registry=reg)
         self._queued = Gauge("lloom_queued_requests", "Requests of peers that wait for a slot.", registry=reg)
+        self._queue_wait = Histogram(
+            "lloom_queue_wait_seconds",
+            "From the complete body of a peer's request to its slot.",
+            buckets=QUEUE_WAIT_BUCKETS,
+            registry=reg,
+        )
         self._slots = Gauge("lloom_slots", "Requests that the backend works on at once.", registry=reg)
         self._p2pd_up = Gauge("lloom_p2pd_up", "1 while p2pd answers.", registry=reg)
         self._p2pd_restarts = Counter("lloom_p2pd_restarts", "Times that p2pd was started again.", registry=reg)
@@ -201,6 +208,10 @@ class Metrics:
     def set_ledger(self, failed_writes: int) -> None:
         """How many exchanges could not be written down since the start."""
         self._ledger_failed.set(failed_writes)
+
+    def slot_given(self, waited_s: float) -> None:
+        """A peer's request got a slot, ``waited_s`` after it could have used one."""
+        self._queue_wait.observe(waited_s)
 
     def set_capacity(self, slots: int, queued: int) -> None:
         """An executor's slots, and how many requests wait for one now."""

@@ -68,8 +68,8 @@ class Job:
     """Its place at the backend; None for a query, which the executor answers itself."""
     accepted_at: float
     accepted_at_ms: int
-    body_size: int
-    """Of the body as the requester signed it, before compression; counted while it is held."""
+    deadline_at: float
+    """When the whole answer is due, on trio's clock."""
     price: pb.Price
     """Fixed when the REQUEST was taken."""
     decoder: compression.SizedDecoder | None = None
@@ -77,6 +77,10 @@ class Job:
     body: list[bytes] = field(default_factory=list)
     encoder: compression.Encoder | None = None
     """Of a compressed stream."""
+    held_bytes: int = 0
+    """Of its body, decompressed, counted in the executor's sum."""
+    first_at: float = 0.0
+    """When a streamed answer began, on trio's clock."""
     first_at_ms: int = 0
     checkpoint: bytes | None = None
     """The last one that was sent."""
@@ -114,7 +118,7 @@ class Answering:
         claims = job.request.claims
         code, first_s, tokens = "cancelled", None, 0
         try:
-            with trio.fail_after(claims.deadline_ms / 1000):
+            with trio.fail_at(job.deadline_at):
                 tokens = await self._answer(job)
             code = "ok"
         except trio.TooSlowError:
@@ -172,7 +176,9 @@ class Answering:
         if not is_free(job.price):
             executor.unacked.ended(self._peer, trio.current_time())
         if job.ticket is not None:
-            executor.leave(job.ticket, trio.current_time() - job.accepted_at)
+            executor.leave(job.ticket)
+        if job.first_at:
+            executor.meter.streamed(receipt.usage.completion_tokens, trio.current_time() - job.first_at)
         await self._send(self._machine.end(envelope))
         return int(receipt.usage.completion_tokens)
 
@@ -223,10 +229,10 @@ class Answering:
             policy=executor.policy,
             affordable_tokens=_affordable_tokens(claims, job.price, len(body)),
         )
-        await executor.wait_place(ticket)
+        await executor.take_slot(ticket)
         async with executor.backend.call(call) as answer:
             if call.is_streamed:
-                return await self._relay_events(job, call, answer)
+                return await self._relay_events(job, ticket, call, answer)
             return await self._relay_document(job, answer)
 
     async def _answer_query(self, job: Job) -> AnswerMeter:
@@ -260,7 +266,7 @@ class Answering:
         await self._send_data(job, meter, envelope, QUOTE_CONTENT_TYPE)
         return meter
 
-    async def _relay_events(self, job: Job, call: BackendCall, answer: BackendAnswer) -> AnswerMeter:
+    async def _relay_events(self, job: Job, ticket: Ticket, call: BackendCall, answer: BackendAnswer) -> AnswerMeter:
         """Pass SSE on as it comes (or merge it into one document), up to the proper end."""
         meter = AnswerMeter(job.salt)
         relay = EventRelay(call, meter, is_chat=job.request.claims.operation == pb.OPERATION_CHAT)
@@ -270,8 +276,10 @@ class Answering:
             if not data:
                 break
             out = relay.feed(data)
-            if out and not job.first_at_ms:
+            if out and not job.first_at:
                 self._note_first(job)
+                job.first_at = trio.current_time()
+                self._executor.meter.first_token(job.first_at - ticket.began_at)
             if out and call.wants_stream:
                 await self._send_data(job, meter, out, EVENT_STREAM)
             if relay.is_over_budget:

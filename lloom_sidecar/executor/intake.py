@@ -16,6 +16,7 @@ from lloom_sidecar.errors import (
     RoutingError,
 )
 from lloom_sidecar.ids import PeerId
+from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.protocol.claims import OPERATIONS_SERVED, CheckedRequest, check_request, is_under
 from lloom_sidecar.protocol.compression import SizedDecoder
 from lloom_sidecar.protocol.exchange import RequestReceived
@@ -43,20 +44,23 @@ class Taken:
     """Fixed now."""
     ticket: Ticket | None
     """Its place at the backend; None for a query."""
-    body_size: int
-    """Bytes of the body as it was signed, before compression."""
     decoder: SizedDecoder | None
     """Of a compressed body."""
+    deadline_at: float
+    """When the whole answer is due, on trio's clock."""
 
 
-def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: RequestReceived) -> Taken:
-    """Check a REQUEST and give it a place, which the caller owes back.
+def take_request(
+    executor: Executor, stream: P2PStream, challenge: bytes, event: RequestReceived, *, is_leaving: bool
+) -> Taken:
+    """Check a REQUEST and give it a place, which the caller owes back. ``is_leaving``: its stream was told GOAWAY.
 
     Raises LloomError, with a code of PROTOCOL.md's list: nothing is held then.
     """
-    executor.take_allowance()
-    if executor.is_draining:
-        raise PeerBusyError("this executor is shutting down", code="draining", retry_after_s=5.0)
+    peer = stream.peer
+    executor.check_rate(stream)
+    if executor.is_draining or is_leaving:
+        raise PeerBusyError("this executor takes no more work", code="draining", retry_after_s=5.0)
     if not executor.may_ask(peer):
         raise RemoteProtocolError("say hello again: the membership has run out", code="hello_required")
     request = check_request(
@@ -80,9 +84,11 @@ def take_request(executor: Executor, peer: PeerId, challenge: bytes, event: Requ
         _check_chargeable(executor, peer)
     if executor.buffered_bytes + body_size > executor.limits.buffered_bodies_bytes:
         raise PeerBusyError("this executor holds too many bodies", code="busy", retry_after_s=1.0)
-    is_query = claims.operation in QUERIES
-    ticket = None if is_query else executor.enter(peer, claims.priority)
-    return Taken(request, price, ticket, body_size, decoder)
+    deadline_at = trio.current_time() + claims.deadline_ms / 1000
+    ticket = None
+    if claims.operation not in QUERIES:
+        ticket = executor.enter(peer, claims.priority, deadline_at)
+    return Taken(request, price, ticket, decoder, deadline_at)
 
 
 def _decoder_of(executor: Executor, event: RequestReceived) -> tuple[SizedDecoder | None, int]:

@@ -26,6 +26,9 @@ class ExecutorObserver(Protocol):
     ) -> None:
         """It ended: ``ok``, ``cancelled`` or an error's code."""
 
+    def slot_given(self, waited_s: float) -> None:
+        """A request got its slot, ``waited_s`` after its body was complete."""
+
     def refused(self, code: str) -> None:
         """A request or a stream was refused, or a request failed, with this code."""
 

@@ -3,27 +3,26 @@ stream ends itself only."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import structlog
 import trio
 
-from lloom_sidecar.errors import (
-    LloomError,
-    PeerBusyError,
-)
+from lloom_sidecar.errors import LloomError, PeerBusyError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.p2p.stream import P2PStream
+from lloom_sidecar.peers.addresses import groups_of
 from lloom_sidecar.protocol.envelope import Signer
-from lloom_sidecar.protocol.offers import ModelOffer, Price
+from lloom_sidecar.protocol.offers import Load, ModelOffer, Price
 
-from .admission import Admission, Ticket
+from .admission import Admission, Place, Ticket
 from .backend import Backend
 from .body import BodyPolicy
+from .load import LoadMeter
 from .observer import ExecutorObserver, ServedReceipt
 from .quotes import QuoteBook
+from .rates import RequestRates
 from .session import Session
 from .unacked import UnackedBook
 
@@ -36,9 +35,8 @@ class ExecutorLimits:
 
     max_body_bytes: int = 32 * 1024 * 1024
     buffered_bodies_bytes: int = 256 * 1024 * 1024
-    """Bodies of all requests together that are read and not yet handed to the backend."""
-    requests_per_s: float = 2000.0
-    """Of all peers; beyond it requests are refused before their signature is checked."""
+    """Bodies of all exchanges together, counted as they come in and until the exchange ends: the backend's connection
+    may need them that long."""
 
 
 class Executor:
@@ -52,9 +50,11 @@ class Executor:
         admission: Admission,
         policy: BodyPolicy,
         limits: ExecutorLimits,
+        rates: RequestRates,
         max_streams: Callable[[], int],
         price: Price,
         may_ask: Callable[[PeerId], bool],
+        is_member: Callable[[PeerId], bool],
         observer: ExecutorObserver,
         now_ms: Callable[[], int],
         compresses_for: Callable[[PeerId], bool] = lambda peer: False,
@@ -63,19 +63,22 @@ class Executor:
         max_unacked: int = 0,
     ) -> None:
         """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
-        of our network (or this node is open); asked at OPEN and at every request. ``price``: of every model that
-        ``set_price`` was not told of. ``compresses_for``: whether answers to a peer are compressed, documents always,
-        streams only when ``compresses_streams``. ``ledger_trouble``: why a receipt could not be kept now, None when it
-        could. ``max_unacked``: missing ACKs from which on a client gets no priced answer, 0 = any number.
+        of our network (or this node is open); asked at OPEN and at every request. ``is_member``: whether it counts as
+        a member for ``rates``, or as a stranger. ``price``: of every model that ``set_price`` was not told of.
+        ``compresses_for``: whether answers to a peer are compressed, documents always, streams only when
+        ``compresses_streams``. ``ledger_trouble``: why a receipt could not be kept now, None when it could.
+        ``max_unacked``: missing ACKs from which on a client gets no priced answer, 0 = any number.
         """
         self.signer = signer
         self.backend = backend
         self.admission = admission
         self.policy = policy
         self.limits = limits
+        self.rates = rates
         self.max_streams = max_streams
         self.price = price
         self.may_ask = may_ask
+        self.is_member = is_member
         self.observer = observer
         self.now_ms = now_ms
         self.compresses_for = compresses_for
@@ -86,10 +89,9 @@ class Executor:
         self.is_draining = False
         self.quotes = QuoteBook()
         self._prices: dict[str, Price] = {}
+        self.meter = LoadMeter()
         self._sessions: set[Session] = set()
-        self._places: dict[Ticket, trio.Event] = {}
-        self._allowance = limits.requests_per_s
-        self._allowance_at = time.monotonic()
+        self._turns: dict[Ticket, trio.Event] = {}
 
     async def serve_stream(self, stream: P2PStream) -> None:
         """Serve one inbound stream until it ends. Cancelled = the stream is closed, its work at the backend stopped."""
@@ -109,7 +111,16 @@ class Executor:
         """Take no further exchange: idle streams are told GOAWAY and end, working ones after their exchange."""
         self.is_draining = True
         for session in list(self._sessions):
-            session.go_away("this executor is shutting down")
+            session.go_away("this executor takes no more work")
+
+    def resume(self) -> None:
+        """Take exchanges again, on new streams; those that were told GOAWAY end all the same."""
+        self.is_draining = False
+
+    def cut(self) -> None:
+        """End the streams that were told GOAWAY, and with them what is still under way."""
+        for session in list(self._sessions):
+            session.cut()
 
     def offer(self, model: str) -> ModelOffer | None:
         """What is announced of one model, None when it is not served (now)."""
@@ -138,49 +149,64 @@ class Executor:
         """Exchanges under way, waiting ones included."""
         return self.admission.working + self.admission.queued
 
-    def enter(self, peer: PeerId, priority: int) -> Ticket:
-        """A place in the admission; ``wait_place`` waits for its turn. Raises PeerBusyError."""
-        ticket = self.admission.enter(peer, priority=priority)
-        if not ticket.is_admitted:
-            self._places[ticket] = trio.Event()
+    @property
+    def load(self) -> Load:
+        """What is announced of how busy and how fast this executor is."""
+        admission, meter = self.admission, self.meter
+        return Load(admission.working, admission.queued, meter.tokens_per_s, meter.ttft_s)
+
+    def check_rate(self, stream: P2PStream) -> None:
+        """Count a request against the token buckets. Raises PeerBusyError when there are too many."""
+        groups = None
+        if not self.is_member(stream.peer):
+            groups = groups_of([stream.addr]) if self.rates.limits_strangers else ()
+        self.rates.take(stream.peer, groups, trio.current_time())
+
+    def enter(self, peer: PeerId, priority: int, deadline_at: float) -> Ticket:
+        """A place for a request, which the caller owes back with ``leave``. Raises PeerBusyError."""
+        ticket, pushed_out = self.admission.enter(peer, trio.current_time(), priority=priority, deadline_at=deadline_at)
+        if pushed_out is not None:
+            self._wake([pushed_out])
         return ticket
 
-    async def wait_place(self, ticket: Ticket) -> None:
-        """Return when the ticket may work."""
-        if not ticket.is_admitted:
-            await self._places[ticket].wait()
+    async def take_slot(self, ticket: Ticket) -> None:
+        """The request is ready: return when it has its slot. Cancelled: it holds its place until ``leave``.
 
-    def leave(self, ticket: Ticket, held_s: float | None = None) -> None:
-        """Give the place back and wake who is next. Idempotent."""
-        self._places.pop(ticket, None)
-        following = self.admission.leave(ticket, held_s=held_s)
-        if following is not None:
-            self._wake(following)
+        Raises PeerBusyError when it lost its place to a peer that holds fewer.
+        """
+        self._wake(self.admission.ready(ticket, trio.current_time()))
+        if ticket.place is Place.WAITING:
+            turn = self._turns[ticket] = trio.Event()
+            try:
+                await turn.wait()
+            finally:
+                self._turns.pop(ticket, None)
+        if ticket.place is not Place.WORKING:
+            raise PeerBusyError(
+                "the queue is full, and others have fewer requests in it than this peer",
+                code="busy",
+                retry_after_s=self.admission.retry_after_s,
+            )
+        self.observer.slot_given(ticket.began_at - ticket.ready_at)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give the place or slot back and wake who is next. Idempotent."""
+        self._wake(self.admission.leave(ticket, trio.current_time()))
 
     def resize(self, slots: int) -> None:
         """The backend's parallelism changed."""
-        for ticket in self.admission.resize(slots):
-            self._wake(ticket)
-
-    def take_allowance(self) -> None:
-        """Global token bucket. Raises PeerBusyError when the node gets more requests than it may even look at."""
-        now = time.monotonic()
-        rate = self.limits.requests_per_s
-        self._allowance = min(rate, self._allowance + (now - self._allowance_at) * rate)
-        self._allowance_at = now
-        if self._allowance < 1:
-            raise PeerBusyError("this executor gets too many requests", code="rate_limit", retry_after_s=1.0)
-        self._allowance -= 1
+        self._wake(self.admission.resize(slots, trio.current_time()))
 
     def count_refused(self, peer: PeerId, error: LloomError) -> None:
         """A stream or a request of ``peer`` was refused, or failed."""
         self.observer.refused(error.code)
         log.info("refused", peer=str(peer), code=error.code)
 
-    def _wake(self, ticket: Ticket) -> None:
-        event = self._places.pop(ticket, None)
-        if event is not None:
-            event.set()
+    def _wake(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            turn = self._turns.get(ticket)
+            if turn is not None:
+                turn.set()
 
 
 __all__ = ["Executor", "ExecutorLimits", "ExecutorObserver", "ServedReceipt"]

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 OPEN_TIMEOUT_S: Final = 10.0
 """From the stream's arrival to its OPEN."""
-BODY_STALL_S: Final = 60.0
-"""Longest silence while a body is outstanding."""
+BODY_TIME_S: Final = 10.0
+"""For a body to come, whatever its length, and beside what its length needs at ``MIN_BODY_RATE``."""
+MIN_BODY_RATE: Final = 64 * 1024
+"""Bytes a second: half of what a home line of 1 Mbit/s sends."""
 IDLE_STREAM_S: Final = 600.0
 """A stream without an exchange is closed by the requester first; this is for one that forgot."""
 GOAWAY_LINGER_S: Final = 5.0
@@ -56,6 +58,8 @@ class Session:
         self._is_sending = False
         self._control = bytearray()
         self._scope: trio.CancelScope | None = None
+        self._body_due_at = 0.0
+        self._has_gone_away = False
         self._answering = Answering(executor, self._peer, machine=self._machine, send=self._send, keep=self._keep)
 
     async def run(self) -> None:
@@ -75,6 +79,7 @@ class Session:
         if self._machine.state in (State.NEW, State.CLOSED, State.BROKEN, State.OPENING):
             self._stream.close()
             return
+        self._has_gone_away = True
         data = self._machine.go_away(reason)
         if self._is_sending:
             self._control += data
@@ -83,6 +88,11 @@ class Session:
         if self._job is None and self._scope is not None:
             # p2pd has no half-close: the requester closes, and we read to its end, for a while.
             self._scope.deadline = trio.current_time() + GOAWAY_LINGER_S
+
+    def cut(self) -> None:
+        """End the stream if it was told GOAWAY, with what is under way on it."""
+        if self._has_gone_away:
+            self._cancel()
 
     # ------------------------------------------------------------------ reading
     async def _read(self) -> None:
@@ -106,18 +116,22 @@ class Session:
                     while await self._stream.receive_some():
                         pass
                     return
-                opening.deadline = trio.current_time() + self._patience()
+                opening.deadline = self._due_at()
+        if opening.cancelled_caught and self._machine.state in (State.BODY, State.DISCARDING):
+            late = RemoteProtocolError("the body of a request did not come in time", code="body_timeout")
+            self._executor.count_refused(self._peer, late)
 
-    def _patience(self) -> float:
+    def _due_at(self) -> float:
+        """When the next frame is due at the latest, on trio's clock."""
         match self._machine.state:
             case State.NEW | State.OPENING:
-                return OPEN_TIMEOUT_S
+                return trio.current_time() + OPEN_TIMEOUT_S
             case State.BODY | State.DISCARDING:
-                return BODY_STALL_S
+                return self._body_due_at
             case State.ANSWERING:
                 return float("inf")  # the requester waits; the work has its own deadline
             case _:
-                return IDLE_STREAM_S
+                return trio.current_time() + IDLE_STREAM_S
 
     async def _on_event(self, event: Event) -> None:
         match event:
@@ -143,7 +157,7 @@ class Session:
                 f"this node speaks version {VERSION_MAJOR} of the protocol, not {event.version_major}", code="version"
             )
         elif executor.is_draining:
-            refusal = PeerBusyError("this executor is shutting down", code="draining", retry_after_s=5.0)
+            refusal = PeerBusyError("this executor takes no more work", code="draining", retry_after_s=5.0)
         elif not executor.may_ask(self._peer):
             refusal = RemoteProtocolError(
                 "say hello first: this node serves members of its network", code="hello_required"
@@ -163,13 +177,13 @@ class Session:
     async def _on_request(self, event: RequestReceived) -> None:
         """Everything that can be refused is refused here, from the REQUEST frame, before a BODY frame is read."""
         executor = self._executor
+        self._body_due_at = trio.current_time() + BODY_TIME_S + event.body_length / MIN_BODY_RATE
         try:
-            taken = take_request(executor, self._peer, self._challenge, event)
+            taken = take_request(executor, self._stream, self._challenge, event, is_leaving=self._has_gone_away)
         except LloomError as exc:
             executor.count_refused(self._peer, exc)
             await self._send(self._machine.error(exc))
             return
-        executor.buffered_bytes += taken.body_size
         self._job = Job(
             request=taken.request,
             envelope=event.envelope,
@@ -177,7 +191,7 @@ class Session:
             ticket=taken.ticket,
             accepted_at=trio.current_time(),
             accepted_at_ms=executor.now_ms(),
-            body_size=taken.body_size,
+            deadline_at=taken.deadline_at,
             decoder=taken.decoder,
             price=price_message(taken.price),
         )
@@ -185,17 +199,23 @@ class Session:
         executor.observer.request_received(self._peer, claims.request_id, claims.model)
 
     async def _on_body(self, job: Job, data: bytes, is_last: bool) -> None:
-        if job.decoder is not None:
-            try:
+        executor = self._executor
+        try:
+            if job.decoder is not None:
                 data = job.decoder.feed(data)
                 if is_last:
                     job.decoder.finish()
-            except RemoteProtocolError as exc:  # not what was stated: nothing more of it is decompressed
-                self._answering.note_end(job, exc.code)
-                self._drop_job(job)
-                self._executor.count_refused(self._peer, exc)
-                await self._send(self._machine.error(exc))
-                return
+            executor.buffered_bytes += len(data)
+            job.held_bytes += len(data)
+            if executor.buffered_bytes > executor.limits.buffered_bodies_bytes:
+                # There was room for it when its REQUEST came; others that were taken before it came have filled it.
+                raise PeerBusyError("this executor holds too many bodies", code="busy", retry_after_s=1.0)
+        except LloomError as exc:  # nothing more of it is decompressed or kept
+            self._answering.note_end(job, exc.code)
+            self._drop_job(job)
+            executor.count_refused(self._peer, exc)
+            await self._send(self._machine.error(exc))
+            return
         job.body.append(data)
         if is_last:
             self._ready.set()
@@ -225,7 +245,7 @@ class Session:
                 self._cancel()  # the requester's side of the stream is gone
             finally:
                 self._drop_job(job)
-            if self._executor.is_draining:
+            if self._has_gone_away:
                 self._deadline_after_goaway()
 
     # ------------------------------------------------------------------ sending
@@ -248,8 +268,8 @@ class Session:
         """Give back what the job held. Idempotent; the next one may have come already, behind this one's END."""
         if self._job is job:
             self._job = None
-        self._executor.buffered_bytes -= job.body_size
-        job.body_size = 0
+        self._executor.buffered_bytes -= job.held_bytes
+        job.held_bytes = 0
         if job.ticket is not None:
             self._executor.leave(job.ticket)
         self._answering.note_end(job, "cancelled")  # where the stream ended before its body was complete

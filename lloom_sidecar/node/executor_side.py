@@ -17,6 +17,7 @@ from lloom_sidecar.executor.backend import Backend, BackendState
 from lloom_sidecar.executor.body import BodyPolicy
 from lloom_sidecar.executor.local_model import run_local_model
 from lloom_sidecar.executor.model_fetch import ensure_builtin_model, terminal_progress
+from lloom_sidecar.executor.rates import RequestRates
 from lloom_sidecar.executor.serve import Executor, ExecutorLimits, ExecutorObserver
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.network.announcer import Announcer, Offer
@@ -24,7 +25,7 @@ from lloom_sidecar.p2p.daemon import Daemon
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.names import SERVICE_EXECUTOR, agent_version, service_model
 from lloom_sidecar.protocol.network_key import NetworkKey
-from lloom_sidecar.protocol.offers import Load, Price
+from lloom_sidecar.protocol.offers import Price
 
 from .receipts import now_ms
 
@@ -49,6 +50,7 @@ class ExecutorSide:
         max_streams: Callable[[], int],
         may_ask: Callable[[PeerId], bool],
         compresses_for: Callable[[PeerId], bool],
+        is_member: Callable[[PeerId], bool],
         key: Callable[[], NetworkKey | None],
         addrs: Callable[[], tuple[Multiaddr, ...]],
         executors_seen: Callable[[], int],
@@ -69,7 +71,13 @@ class ExecutorSide:
         self.executor = Executor(
             signer=signer,
             backend=self.backend,
-            admission=Admission(slots=slots, queue_limit=config.queue_limit, max_per_peer=slots + config.queue_limit),
+            admission=Admission(
+                slots=slots,
+                queue_limit=config.queue_limit,
+                max_per_peer=config.peer_limit or None,
+                priority_peers=frozenset(config.priority_peers),
+                priority_slots=config.priority_slots,
+            ),
             policy=BodyPolicy(
                 max_tokens=config.max_tokens_limit,
                 default_max_tokens=config.max_tokens_default,
@@ -77,11 +85,15 @@ class ExecutorSide:
                 allow_remote_media=config.allow_remote_media,
             ),
             limits=ExecutorLimits(max_body_bytes=config.max_body_bytes),
+            rates=RequestRates(
+                peer_per_s=config.peer_rate, subnet_per_s=config.subnet_rate, global_per_s=config.global_rate
+            ),
             max_streams=max_streams,
             price=config.price,
             may_ask=may_ask,
             compresses_for=compresses_for,
             compresses_streams=config.compression == "all",
+            is_member=is_member,
             observer=observer,
             now_ms=now_ms,
             ledger_trouble=ledger_trouble,
@@ -161,8 +173,7 @@ class ExecutorSide:
         return [SERVICE_EXECUTOR, *(service_model(offer.id) for offer in offers)] if offers else []
 
     def _offer(self) -> Offer:
-        admission = self.executor.admission
-        return Offer(self.executor.offers(), Load(admission.working, admission.queued))
+        return Offer(self.executor.offers(), self.executor.load)
 
     def _backend_changed(self, state: BackendState) -> None:
         if self.executor.admission.slots != state.slots:

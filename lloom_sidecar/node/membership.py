@@ -69,6 +69,10 @@ class Membership:
             return False
         return self._config.open or self._book.is_member(peer, now) or peer in self._config.allow_peers
 
+    def counts_as_member(self, peer: PeerId) -> bool:
+        """Whether ``peer`` is a member by hello or an allowed one: known by more than an address."""
+        return self._book.is_member(peer, trio.current_time()) or peer in self._config.allow_peers
+
     def member_roles(self, peer: PeerId) -> frozenset[str] | None:
         """The roles of a member or an allowed peer, None for anybody else."""
         known = self._book.known(peer, trio.current_time())

@@ -132,6 +132,7 @@ class Node:
             max_streams=lambda: max_streams(self.supervisor),
             may_ask=self.control.membership.may_ask,
             compresses_for=self._takes_compressed,
+            is_member=self.control.membership.counts_as_member,
             key=self.control.membership.current_key,
             addrs=self._announced_addrs,
             executors_seen=lambda: len(self.control.book),

@@ -290,6 +290,10 @@ class Observer:
         log.info("served", peer=str(peer), model=model, code=code, seconds=round(seconds, 4), tokens=tokens)
         self._events.publish(ResponseReceived(request_id.hex(), model, "executor", str(peer), code, round(seconds, 4)))
 
+    def slot_given(self, waited_s: float) -> None:
+        """A peer's request got its slot."""
+        self._metrics.slot_given(waited_s)
+
     def refused(self, code: str) -> None:
         """A peer's request was refused."""
         self._metrics.refused(code)

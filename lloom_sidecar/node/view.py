@@ -171,7 +171,7 @@ class View:
             addrs=[*addrs, *(str(a) for a in (known.addrs if known is not None else ()) if a != addr)],
             connected=addr is not None,
             path=self._path(peer),
-            member=node.control.book.is_member(peer, now) or peer in node.config.allow_peers,
+            member=node.control.membership.counts_as_member(peer),
             state="none" if known is None or known.state is None else _lease(known.state),
             lease_left_s=known.lease_left_s if known is not None and known.state is not None else None,
             software=(known.software if known is not None else "") or node.control.software_of(peer),

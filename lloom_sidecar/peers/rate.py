@@ -71,3 +71,8 @@ class RateLimiter(Generic[KeyT]):
             bucket = self._buckets[key] = TokenBucket(rate_per_s=self._rate_per_s, burst=self._burst, now=now)
         self._buckets.move_to_end(key)
         return bucket.take(now)
+
+    def wait_s(self, key: KeyT, now: float) -> float:
+        """Seconds until ``take`` of ``key`` would succeed, 0 = now."""
+        bucket = self._buckets.get(key)
+        return 0.0 if bucket is None else bucket.wait_s(now)

@@ -23,6 +23,7 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.executor.admission import Admission
 from lloom_sidecar.executor.body import BodyPolicy
+from lloom_sidecar.executor.rates import RequestRates
 from lloom_sidecar.executor.serve import Executor, ExecutorLimits, ServedReceipt
 from lloom_sidecar.http.errors import IncompleteBodyError
 from lloom_sidecar.ids import PeerId
@@ -47,6 +48,7 @@ from tests.fakes.fake_backend import HELLO, USAGE, FakeBackend, Line, chunk, sse
 from tests.fakes.request_stream import CLIENT, EXECUTOR, NOW_MS, stream_pair
 
 SALT = b"s" * 16
+NO_RATES = RequestRates(peer_per_s=0, subnet_per_s=0, global_per_s=0)
 STREAMED = {"model": "m", "messages": [], "stream": True}
 WHOLE = {"model": "m", "messages": []}
 
@@ -59,6 +61,7 @@ class Observer:
         self.ended: list[str] = []
         self.tokens: list[int] = []
         self.refusals: list[str] = []
+        self.waits: list[float] = []
         self.receipts: list[ServedReceipt] = []
 
     def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:
@@ -76,6 +79,9 @@ class Observer:
     ) -> None:
         self.ended.append(code)
         self.tokens.append(tokens)
+
+    def slot_given(self, waited_s: float) -> None:
+        self.waits.append(waited_s)
 
     def refused(self, code: str) -> None:
         self.refusals.append(code)
@@ -113,6 +119,11 @@ class Requester:
 
     async def ask(self, body: bytes | dict[str, Any] = STREAMED, *, parts: int | None = None, **changes: Any) -> None:
         """A request; ``parts`` = how many of its writes to send, ``changes`` = claims that differ."""
+        for data in self.request(body, **changes)[:parts]:
+            await self.stream.send_all(data)
+
+    def request(self, body: bytes | dict[str, Any] = STREAMED, **changes: Any) -> list[bytes]:
+        """The writes of a request."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         fields: dict[str, Any] = {
             "request_id": b"r" * 16,
@@ -131,10 +142,9 @@ class Requester:
         body_size = changes.pop("body_size", 0)
         self.claims = pb.RequestClaims(**(fields | changes))
         self.envelope = seal_request(self.claims, signer)
-        for data in self.machine.request(self.envelope, SALT, sent, encoding, body_size)[:parts]:
-            await self.stream.send_all(data)
+        return self.machine.request(self.envelope, SALT, sent, encoding, body_size)
 
-    async def answer(self) -> bytes:
+    async def answer(self, client: PeerId = CLIENT.peer) -> bytes:
         """The DATA of the answer, once its receipt holds."""
         answer = b""
         decoder: Decoder | None = None
@@ -153,7 +163,7 @@ class Requester:
                         decoder.finish()
                     check_receipt(
                         receipt,
-                        client=CLIENT.peer,
+                        client=client,
                         executor=EXECUTOR.peer,
                         request_digest=hashlib.sha256(self.envelope).digest(),
                         request=self.claims,
@@ -180,6 +190,11 @@ class Requester:
         return await self.next() is None
 
 
+async def write_to(requester: Requester, writes: list[bytes]) -> None:
+    for data in writes:
+        await requester.stream.send_all(data)
+
+
 class Bench:
     """An executor and streams to it."""
 
@@ -195,9 +210,11 @@ class Bench:
             admission=settings.get("admission", Admission(slots=2, queue_limit=2, max_per_peer=9)),
             policy=settings.get("policy", BodyPolicy()),
             limits=settings.get("limits", ExecutorLimits()),
+            rates=settings.get("rates", NO_RATES),
             max_streams=lambda: 7,
             price=settings.get("price", Price()),
             may_ask=lambda peer: self.is_member,
+            is_member=lambda peer: True,
             observer=self.observer,
             now_ms=lambda: self.now_ms,
             compresses_for=lambda peer: settings.get("compresses", False),
@@ -209,8 +226,8 @@ class Bench:
         self.buffer_bytes: int | None = settings.get("buffer_bytes")
         self.streams: list[P2PStream] = []
 
-    def connect(self) -> Requester:
-        near, far = stream_pair(CLIENT.peer, EXECUTOR.peer, buffer_bytes=self.buffer_bytes)
+    def connect(self, client: Signer = CLIENT) -> Requester:
+        near, far = stream_pair(client.peer, EXECUTOR.peer, buffer_bytes=self.buffer_bytes)
         self.streams += [near, far]
         self.nursery.start_soon(self.executor.serve_stream, far)
         return Requester(near)
@@ -222,7 +239,7 @@ class Bench:
         """Nothing of any request is left."""
         e, a = self.executor, self.executor.admission
         is_told = self.observer.received == len(self.observer.ended)
-        return (e.buffered_bytes, a.working, a.queued, e._places, a._by_peer, is_told) == (0, 0, 0, {}, {}, True)
+        return (e.buffered_bytes, a.working, a.queued, e._turns, is_told) == (0, 0, 0, {}, True)
 
 
 @asynccontextmanager
@@ -476,13 +493,14 @@ class TestRefusals:
             r = await b.open()
             e, backend = b.executor, b.backend
             e.is_draining, b.is_member, backend.state = True, False, type(backend.state)(False)
-            e._allowance, e.limits = 0.0, ExecutorLimits(requests_per_s=1e-9, buffered_bodies_bytes=1)
+            e.rates = RequestRates(peer_per_s=0, subnet_per_s=0, global_per_s=1e-9)
+            e.rates.take(CLIENT.peer, None, trio.current_time())
             changes: dict[str, Any] = {"operation": 99, "model": "x", "executor": b"?", "encoding": 1}
             seen = []
             for mend in range(11):
                 match mend:
                     case 1:
-                        e.limits, e._allowance = limits, 1000.0
+                        e.rates = NO_RATES
                     case 2:
                         e.is_draining = False
                     case 3:
@@ -504,7 +522,7 @@ class TestRefusals:
                 await r.ask(**changes)
                 seen.append((await r.error()).code)
             assert seen == [
-                "rate_limit",
+                "global_rate",
                 "draining",
                 "hello_required",
                 "misaddressed",
@@ -574,14 +592,51 @@ class TestRefusals:
             await second.ask({**STREAMED, "x": "y" * 50})
             assert await second.answer()
 
-    async def test_the_rate_allowance(self) -> None:
-        async with bench(limits=ExecutorLimits(requests_per_s=2.0)) as b:
+    async def test_bodies_that_together_became_too_many(self) -> None:
+        """Their lengths were looked at one by one, before any of them had come."""
+        async with bench([trio.Event()], limits=ExecutorLimits(buffered_bodies_bytes=300_000)) as b:
+            first, second = await b.open(), await b.open()
+            writes = [r.request({**STREAMED, "pad": "x" * 200_000}) for r in (first, second)]
+            for write in writes:
+                await write_to(first if write is writes[0] else second, write[:1])
+            await wait_all_tasks_blocked()
+            await write_to(first, writes[0][1:])
+            await wait_all_tasks_blocked()
+            await write_to(second, writes[1][1:])
+            error = await second.error()
+            assert (error.code, error.retryable, error.retry_after_s) == ("busy", True, 1.0)
+            await wait_all_tasks_blocked()
+            assert b.observer.ended == ["busy"]
+            first.stream.close()
+            await wait_all_tasks_blocked()
+            b.backend.script = sse(*HELLO)
+            await second.ask()
+            assert await second.answer()
+            assert b.is_idle()
+
+    @pytest.mark.parametrize(("bucket", "status"), [("peer", 429), ("global", 503)])
+    async def test_the_rates_come_before_the_signature(self, bucket: str, status: int) -> None:
+        per_s = {"peer_per_s": 0.0, "subnet_per_s": 0.0, "global_per_s": 0.0, f"{bucket}_per_s": 2.0}
+        async with bench(rates=RequestRates(**per_s)) as b:
             r = await b.open()
-            codes = []
+            errors = []
             for _ in range(4):
                 await r.ask(signer=Signer(b"z" * 32))
-                codes.append((await r.error()).code)
-            assert codes == ["wrong_signer", "wrong_signer", "rate_limit", "rate_limit"]
+                errors.append(await r.error())
+            limit = f"{bucket}_rate"
+            assert [error.code for error in errors] == ["wrong_signer", "wrong_signer", limit, limit]
+            assert (errors[-1].http_status, errors[-1].retryable) == (status, True)
+            assert errors[-1].retry_after_s == pytest.approx(0.5, abs=0.3)
+
+    async def test_strangers_are_counted_by_where_they_come_from(self) -> None:
+        async with bench(rates=RequestRates(peer_per_s=1.0, subnet_per_s=1.0, global_per_s=0)) as b:
+            b.executor.is_member = lambda peer: False
+            first, second = await b.open(), await b.open()
+            await first.ask()
+            assert await first.answer()
+            await second.ask()
+            error = await second.error()
+            assert (error.code, error.http_status) == ("subnet_rate", 429)
 
 
 class TestOpen:
@@ -631,13 +686,21 @@ class TestOpen:
             assert await r.ended()
             assert len(b.observer.refusals) == 1
 
-    async def test_a_body_that_stops_coming(self, autojump_clock: MockClock) -> None:
+    @pytest.mark.parametrize("drips", [False, True])
+    async def test_a_body_that_does_not_come_in_time(self, drips: bool, autojump_clock: MockClock) -> None:
         async with bench() as b:
             r = await b.open()
-            await r.ask({**STREAMED, "pad": "x" * 200_000}, parts=2)
+            parts = r.request({**STREAMED, "pad": "x" * 600_000})
+            began_at = trio.current_time()
+            await r.stream.send_all(parts[0])
+            for part in parts[1:-1] if drips else ():
+                await trio.sleep(2)
+                await r.stream.send_all(part)
             assert await r.ended()
+            assert trio.current_time() - began_at == pytest.approx(10 + 600_000 / 65536, abs=0.5)
             assert b.is_idle()
             assert b.observer.ended == ["cancelled"]
+            assert b.observer.refusals == ["body_timeout"]
 
 
 class TestLeaving:
@@ -728,6 +791,81 @@ class TestQueue:
             for r in requesters:
                 assert await r.answer()
             assert b.is_idle()
+
+    async def test_without_its_body_a_request_holds_no_slot(self) -> None:
+        admission = Admission(slots=1, queue_limit=1)
+        async with bench(admission=admission) as b:
+            idle, other = await b.open(), await b.open()
+            await idle.ask({**STREAMED, "pad": "x" * 200_000}, parts=2)
+            await wait_all_tasks_blocked()
+            assert (admission.working, admission.queued) == (0, 1)
+            await other.ask()
+            assert await other.answer()
+            assert len(b.observer.waits) == 1
+
+    async def test_a_body_that_cannot_be_used_takes_no_slot(self) -> None:
+        async with bench() as b:
+            r = await b.open()
+            await r.ask(b"{")
+            assert (await r.error()).code == "invalid_json"
+            assert b.observer.waits == []
+
+    async def test_a_crowd_makes_room_for_another_peer(self) -> None:
+        other = Signer(b"o" * 32)
+        admission = Admission(slots=1, queue_limit=2)
+        go = trio.Event()
+        async with bench([go, *sse(*HELLO)], admission=admission) as b:
+            crowd = [await b.open() for _ in range(3)]
+            for r in crowd:
+                await r.ask()
+                await wait_all_tasks_blocked()
+            alone = await b.connect(other).open()
+            await alone.ask(signer=other)
+            error = await crowd[2].error()
+            assert (error.code, error.http_status, error.retryable) == ("busy", 503, True)
+            assert error.retry_after_s is not None
+            assert b.observer.ended == ["busy"]
+            go.set()
+            assert await crowd[0].answer()
+            assert await alone.answer(other.peer)
+            assert await crowd[1].answer()
+            await wait_all_tasks_blocked()
+            assert b.is_idle()
+
+    async def test_what_cannot_be_answered_in_time_is_refused_at_once(self) -> None:
+        async with bench([trio.Event()], admission=Admission(slots=1, queue_limit=9)) as b:
+            first, second = await b.open(), await b.open()
+            await first.ask()
+            await wait_all_tasks_blocked()
+            await second.ask(deadline_ms=500)
+            error = await second.error()
+            assert (error.code, error.http_status, error.retryable) == ("deadline_too_short", 503, True)
+            assert error.retry_after_s == pytest.approx(1.5, abs=0.1)
+
+    async def test_what_is_announced_of_its_speed(self, autojump_clock: MockClock) -> None:
+        script: list[Line] = [
+            2.0,
+            *sse(chunk("a"), done=False),
+            0.5,
+            *sse(chunk("b"), done=False),
+            0.5,
+            *sse(*HELLO[2:]),
+        ]
+        async with bench(script, admission=Admission(slots=1, queue_limit=9)) as b:
+            requesters = [await b.open() for _ in range(2)]
+            for r in requesters:
+                await r.ask()
+            await wait_all_tasks_blocked()
+            assert (b.executor.load.in_flight, b.executor.load.queued) == (1, 1)
+            for r in requesters:
+                assert await r.answer()
+            await wait_all_tasks_blocked()
+            load = b.executor.load
+            assert (load.in_flight, load.queued) == (0, 0)
+            # The second waited 3 s for its slot, which is no time to the first token.
+            assert load.ttft_s == pytest.approx(2.0, abs=0.01)
+            assert load.tokens_per_s == pytest.approx(1.0, abs=0.01)
+            assert b.observer.waits == pytest.approx([0.0, 3.0], abs=0.01)
 
     async def test_the_deadline_counts_in_the_queue(self, autojump_clock: MockClock) -> None:
         admission = Admission(slots=1, queue_limit=9, max_per_peer=9)
@@ -866,6 +1004,37 @@ class TestDrain:
             await r.ask()
             error = await r.error()
             assert (error.code, error.retry_after_s) == ("draining", 5.0)
+
+    async def test_it_takes_work_again_after_resume_on_new_streams_only(self, autojump_clock: MockClock) -> None:
+        async with bench() as b:
+            r = await b.open()
+            b.executor.drain()
+            b.executor.resume()
+            assert b.executor.offers() != ()
+            await r.ask()
+            assert (await r.error()).code == "draining"
+            fresh = await b.open()
+            await fresh.ask()
+            assert await fresh.answer()
+            assert await r.ended()
+            await fresh.ask()
+            assert await fresh.answer()
+
+    async def test_a_cut_ends_what_was_told_to_go_and_nothing_else(self) -> None:
+        async with bench([trio.Event()]) as b:
+            old = await b.open()
+            await old.ask()
+            await wait_all_tasks_blocked()
+            b.executor.drain()
+            b.executor.resume()
+            new = await b.open()
+            await new.ask()
+            await wait_all_tasks_blocked()
+            b.executor.cut()
+            with pytest.raises(EOFError):
+                await old.answer()
+            await wait_all_tasks_blocked()
+            assert (b.observer.ended, b.executor.working) == (["cancelled"], 1)
 
     async def test_a_stream_that_is_not_open_yet_is_closed(self) -> None:
         async with bench() as b:

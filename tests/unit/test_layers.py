@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "link": BASE | {"protocol", "p2p"},
     "network": BASE | {"protocol", "p2p", "peers"},
     "client": BASE | {"protocol", "peers", "link", "http"},
-    "executor": BASE | {"protocol", "p2p", "http"},
+    "executor": BASE | {"protocol", "peers", "p2p", "http"},
 }
 """Room -> the rooms that it may import. A room that is not a key may import all of them."""
 TOP = {"node", "cli"}

@@ -46,3 +46,11 @@ def test_the_limiter_keeps_a_bucket_a_key_and_so_many_keys() -> None:
     assert len(limiter) == 2
     assert not limiter.take("a", 0.0)
     assert limiter.take("b", 0.0)
+
+
+def test_the_limiter_tells_when_a_key_may_speak_again() -> None:
+    limiter: RateLimiter[str] = RateLimiter(rate_per_s=2.0, burst=1.0, max_keys=2)
+    assert limiter.wait_s("a", 0.0) == 0.0
+    assert limiter.take("a", 0.0)
+    assert limiter.wait_s("a", 0.0) == 0.5
+    assert limiter.wait_s("a", 1.0) == 0.0
