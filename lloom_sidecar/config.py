@@ -367,6 +367,17 @@ class Config:
         ),
     )
 
+    otlp_endpoint: str | None = field(
+        default=None,
+        metadata=_about(
+            _Kind("URL", "URL", _http_url),
+            "--otlp-endpoint",
+            "node",
+            "Receiver of traces by OTLP over HTTP, for instance http://127.0.0.1:4318. Needs the extra otel; "
+            "OpenTelemetry's own OTEL_EXPORTER_OTLP_ENDPOINT works too. Spans hold no prompts and no answers.",
+        ),
+    )
+
     # --- executor
     backend: str | None = field(
         default=None,

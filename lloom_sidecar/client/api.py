@@ -33,11 +33,11 @@ from lloom_sidecar.ids import PeerId, check_model_id
 from lloom_sidecar.link.exchange import Call, Exchange
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
-from lloom_sidecar.protocol.claims import MAX_TRACEPARENT_BYTES
 from lloom_sidecar.protocol.compression import decompress
 from lloom_sidecar.protocol.exchange import MAX_BODY_BYTES
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.tracing import Tracing, check_traceparent
 
 from .openai import (
     OPERATION_OF_PATH,
@@ -114,12 +114,14 @@ class OpenAiApi:
         settings: ApiSettings,
         observer: ApiObserver,
         started_at_s: int,
+        tracing: Tracing | None = None,
     ) -> None:
         self._router = router
         self._book = book
         self._settings = settings
         self._observer = observer
         self._started_at_s = started_at_s
+        self._tracing = tracing or Tracing()
 
     async def __call__(self, request: Request, response: Response) -> None:
         """Serve one HTTP request. Raises ClientDisconnectedError only: the application left while it was written to."""
@@ -208,6 +210,13 @@ class OpenAiApi:
         finally:
             first_s = None if route.first_at is None else route.first_at - route.started_at
             seconds = trio.current_time() - route.started_at
+            receipt = None if route.winner is None else route.winner.receipt
+            usage = None if receipt is None else receipt.claims.usage
+            route.span.end(
+                code,
+                input_tokens=None if usage is None else usage.prompt_tokens,
+                output_tokens=None if usage is None else usage.completion_tokens,
+            )
             self._observer.http_ended(
                 request_id.hex(),
                 route.model,
@@ -228,6 +237,9 @@ class OpenAiApi:
         except ValueError as exc:
             raise RequestError(str(exc)) from exc
         route.model = asked.model
+        route.span = self._tracing.request(
+            operation, asked.model, check_traceparent(request.header("traceparent") or "")
+        )
         self._observer.http_received(request_id.hex(), asked.model)
         settings = self._settings
         call = Call(
@@ -237,7 +249,7 @@ class OpenAiApi:
             body=body,
             deadline_ms=round(settings.deadline_s * 1000),
             idempotency_key=(request.header("idempotency-key") or "").encode()[:128] or request_id,
-            traceparent=_traceparent(request),
+            traceparent=route.span.traceparent,
             max_cost=_max_cost(request),
         )
         wanted = Wanted(
@@ -312,12 +324,6 @@ def _decompressed(request: Request, body: bytes, max_bytes: int) -> bytes:
             http_status=415,
         )
     return decompress(body, encoding, max_bytes)
-
-
-def _traceparent(request: Request) -> str:
-    """The request's W3C trace context, empty when it is none: every executor would refuse it."""
-    text = request.header("traceparent") or ""
-    return text if len(text) <= MAX_TRACEPARENT_BYTES and text.isascii() and text.isprintable() else ""
 
 
 def _max_price(request: Request) -> Price | None:

@@ -105,6 +105,9 @@ class Asker:
         if not route.is_committed:
             route.executor = peer
         priced = self._priced(call, view, price)
+        span = route.span.attempt(str(peer))
+        if span.traceparent != call.traceparent:
+            priced = replace(priced, traceparent=span.traceparent)
         ticket = self._health.begin(peer, call.model, began_at, prior_s=self._health.prior(view.load.ttft_s))
         sent: list[Sent] = []
         exchange: Exchange | None = None
@@ -118,6 +121,7 @@ class Asker:
                     waiting.deadline = math.inf
                     stage = "answer"
                     self._health.first_byte(ticket, exchange.first_at)
+                    span.first_byte()
                     on_first()
                     await use(route, exchange)
             if waiting.cancelled_caught:
@@ -141,6 +145,7 @@ class Asker:
                     route.attempts.append(Attempt(str(peer), stage, reason, (now - began_at) * 1000))
             else:
                 reason = "" if failure is None else reason_of(failure)
+            span.end(failure.code if failure is not None else reason or "ok")
             for one in sent:
                 is_last = one is sent[-1]
                 self._observer.exchange_settled(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lloom_sidecar.errors import LloomError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Exchange
+from lloom_sidecar.tracing import NO_SPAN, Span
 
 from .openai import Attempt
 
@@ -34,6 +35,7 @@ class Route:
     """Whose answer the application gets."""
     first_at: float | None = None
     """When the first frame of that answer was there."""
+    span: Span = NO_SPAN
     on_commit: Callable[[Exchange], None] = lambda exchange: None
 
     @property

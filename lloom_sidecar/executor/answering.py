@@ -37,6 +37,7 @@ from lloom_sidecar.protocol.claims import (
 )
 from lloom_sidecar.protocol.exchange import ResponderStream, State
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.tracing import NO_SPAN, Span, check_traceparent
 
 from .admission import Ticket
 from .backend import BackendAnswer
@@ -81,6 +82,7 @@ class Job:
     """Of its body, decompressed, counted in the executor's sum."""
     first_at: float = 0.0
     """When a streamed answer began, on trio's clock."""
+    span: Span = NO_SPAN
     first_at_ms: int = 0
     checkpoint: bytes | None = None
     """The last one that was sent."""
@@ -117,6 +119,8 @@ class Answering:
         """
         claims = job.request.claims
         code, first_s, tokens = "cancelled", None, 0
+        traceparent = check_traceparent(claims.traceparent)
+        job.span = self._executor.tracing.served(claims.operation, claims.model, traceparent)
         try:
             with trio.fail_at(job.deadline_at):
                 tokens = await self._answer(job)
@@ -142,6 +146,7 @@ class Answering:
         finally:
             if job.first_at_ms:
                 first_s = (job.first_at_ms - job.accepted_at_ms) / 1000
+            job.span.end(code, output_tokens=tokens if code == "ok" else None)
             self.note_end(job, code, first_s, tokens)
 
     def note_end(self, job: Job, code: str, first_s: float | None = None, tokens: int = 0) -> None:
@@ -230,7 +235,7 @@ class Answering:
             affordable_tokens=_affordable_tokens(claims, job.price, len(body)),
         )
         await executor.take_slot(ticket)
-        async with executor.backend.call(call) as answer:
+        async with executor.backend.call(call, traceparent=job.span.traceparent) as answer:
             if call.is_streamed:
                 return await self._relay_events(job, ticket, call, answer)
             return await self._relay_document(job, answer)

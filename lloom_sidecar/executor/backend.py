@@ -140,16 +140,18 @@ class Backend:
         self._set(state)
 
     @asynccontextmanager
-    async def call(self, call: BackendCall) -> AsyncGenerator[BackendAnswer]:
+    async def call(self, call: BackendCall, *, traceparent: str = "") -> AsyncGenerator[BackendAnswer]:
         """Send a request; the answer's body inside the context. Leaving it early closes the connection (and the work).
+        ``traceparent``: a header of that name, unless it is empty.
 
         Raises:
             BackendRejectedError: another status than 200, with the backend's own error document.
             BackendUnavailableError: not reachable, or its answer is incomplete (also out of the body's methods).
             BackendTimeoutError: no bytes for too long.
         """
+        headers = [*self._headers, (b"traceparent", traceparent.encode())] if traceparent else self._headers
         try:
-            async with self._client.request("POST", call.path, self._headers, call.body) as response:
+            async with self._client.request("POST", call.path, headers, call.body) as response:
                 if response.status != 200:
                     if response.status == 404:
                         self.suspect()  # so do servers answer for a model that they do not have any more

@@ -15,6 +15,7 @@ from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.peers.addresses import groups_of
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.offers import Load, ModelOffer, Price
+from lloom_sidecar.tracing import Tracing
 
 from .admission import Admission, Place, Ticket
 from .backend import Backend
@@ -61,6 +62,7 @@ class Executor:
         compresses_streams: bool = False,
         ledger_trouble: Callable[[], str | None] = lambda: None,
         max_unacked: int = 0,
+        tracing: Tracing | None = None,
     ) -> None:
         """``max_streams``: said in ACCEPT, what this node's p2pd can hold of one peer. ``may_ask``: whether a peer is
         of our network (or this node is open); asked at OPEN and at every request. ``is_member``: whether it counts as
@@ -85,6 +87,7 @@ class Executor:
         self._compresses_streams = compresses_streams
         self.ledger_trouble = ledger_trouble
         self.unacked = UnackedBook(max_unacked)
+        self.tracing = tracing or Tracing()
         self.buffered_bytes = 0
         self.is_draining = False
         self.quotes = QuoteBook()

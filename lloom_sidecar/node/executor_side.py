@@ -26,6 +26,7 @@ from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.names import SERVICE_EXECUTOR, agent_version, service_model
 from lloom_sidecar.protocol.network_key import NetworkKey
 from lloom_sidecar.protocol.offers import Price
+from lloom_sidecar.tracing import Tracing
 
 from .receipts import now_ms
 
@@ -51,6 +52,7 @@ class ExecutorSide:
         may_ask: Callable[[PeerId], bool],
         compresses_for: Callable[[PeerId], bool],
         is_member: Callable[[PeerId], bool],
+        tracing: Tracing,
         key: Callable[[], NetworkKey | None],
         addrs: Callable[[], tuple[Multiaddr, ...]],
         executors_seen: Callable[[], int],
@@ -92,6 +94,7 @@ class ExecutorSide:
             price=config.price,
             may_ask=may_ask,
             compresses_for=compresses_for,
+            tracing=tracing,
             compresses_streams=config.compression == "all",
             is_member=is_member,
             observer=observer,

@@ -49,6 +49,7 @@ from .listening import Listeners, open_listeners, serve_admin, serve_api
 from .observer import Observer
 from .receipts import now_ms
 from .remembered import RememberedPeers
+from .tracing import make_tracing
 from .view import View
 
 MAX_INBOUND_STREAMS: Final = 8192
@@ -58,6 +59,8 @@ IDENTIFY_EVERY_S: Final = 15.0
 IDLE_POLL_S: Final = 0.02
 MAX_CLOCK_SKEW_MS: Final = 5_000
 """Against a validator; announcements tolerate 15 min, requests 60 s."""
+TRACES_GRACE_S: Final = 3.0
+"""For the last spans to go out."""
 RESTARTS_TO_WARN: Final = 3
 
 log = structlog.get_logger("lloom.node")
@@ -112,6 +115,7 @@ class Node:
             rng=rng,
         )
         self.quotes = QuoteWallet()
+        self.tracing = make_tracing(config, self.me, version=__version__)
         self.pool = StreamPool(
             self.daemon,
             self.control.greet,
@@ -133,6 +137,7 @@ class Node:
             may_ask=self.control.membership.may_ask,
             compresses_for=self._takes_compressed,
             is_member=self.control.membership.counts_as_member,
+            tracing=self.tracing,
             key=self.control.membership.current_key,
             addrs=self._announced_addrs,
             executors_seen=lambda: len(self.control.book),
@@ -170,6 +175,7 @@ class Node:
             ),
             observer=self.observer,
             started_at_s=int(time.time()),
+            tracing=self.tracing,
         )
 
     # ------------------------------------------------------------ life
@@ -204,6 +210,8 @@ class Node:
                 await self.serving.withdraw()
             with trio.move_on_after(self.config.grace_s):
                 await self._wait_idle()
+            with trio.move_on_after(TRACES_GRACE_S):
+                await trio.to_thread.run_sync(self.tracing.close, abandon_on_cancel=True)
             log.info("node_ended", peer=str(self.me))
             self.events.close()
             nursery.cancel_scope.cancel()

@@ -74,14 +74,16 @@ class FakeBackend(Backend):
         self.script: Sequence[Line] = script or sse(*HELLO)
         self.failure: Exception | None = None
         self.calls: list[BackendCall] = []
+        self.traceparents: list[str] = []
         self.outcomes: list[str] = []
         """How each call ended: ``left`` or ``cancelled`` or the name of an exception."""
         self.state = BackendState(True, "", (ModelOffer("m", context_length=100),), 2)
         self._offers = {"m": self.state.offers[0]}
 
     @asynccontextmanager
-    async def call(self, call: BackendCall) -> AsyncGenerator[BackendAnswer]:
+    async def call(self, call: BackendCall, *, traceparent: str = "") -> AsyncGenerator[BackendAnswer]:
         self.calls.append(call)
+        self.traceparents.append(traceparent)
         if self.failure is not None:
             raise self.failure
         try:

@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, {})
             return
         entry: dict[str, Any] = {"path": self.path, "body": body, "began_at": time.time()}
-        entry |= {"ended_at": None, "outcome": None, "sent": 0}
+        entry |= {"ended_at": None, "outcome": None, "sent": 0, "traceparent": self.headers.get("traceparent")}
         entry["script"] = script_of(body)
         with LOCK:
             entry["number"] = len(LOG)

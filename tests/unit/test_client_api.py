@@ -60,6 +60,7 @@ class FakeExchange:
         self.peer = EXECUTOR
         self.head = HeadReceived("text/event-stream", 0, 1000)
         self.first_at = trio.current_time()
+        self.receipt = None
         self._script = script
 
     async def receive(self) -> bytes | None:
@@ -266,8 +267,10 @@ class TestCalls:
             assert b.observer.ended == [("m", EXECUTOR, "ok", 2)]
             assert b.observer.received == ["m"]
 
-    @pytest.mark.parametrize("traceparent", [b"\xfc", b"a\tb", b"x" * 65])
-    async def test_a_traceparent_that_no_executor_would_take_is_left_out(self, traceparent: bytes) -> None:
+    @pytest.mark.parametrize(
+        "traceparent", [b"\xfc", b"a\tb", b"x" * 65, b"00-" + b"0" * 32 + b"-" + b"b" * 16 + b"-01"]
+    )
+    async def test_a_traceparent_that_is_none_is_left_out(self, traceparent: bytes) -> None:
         async with bench(b"{}") as b:
             await b.client.post("/v1/chat/completions", json=BODY, headers={b"traceparent": traceparent})
             assert b.router.calls[0].traceparent == ""

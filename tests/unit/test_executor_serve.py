@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import trio
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from lloom_sidecar.errors import (
@@ -44,6 +47,7 @@ from lloom_sidecar.protocol.exchange import (
 )
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
+from lloom_sidecar.tracing.otel import OtelTracing
 from tests.fakes.fake_backend import HELLO, USAGE, FakeBackend, Line, chunk, sse
 from tests.fakes.request_stream import CLIENT, EXECUTOR, NOW_MS, stream_pair
 
@@ -221,6 +225,7 @@ class Bench:
             compresses_streams=settings.get("compresses_streams", False),
             ledger_trouble=lambda: self.ledger_trouble,
             max_unacked=settings.get("max_unacked", 0),
+            tracing=settings.get("tracing"),
         )
         self.ledger_trouble: str | None = None
         self.buffer_bytes: int | None = settings.get("buffer_bytes")
@@ -1163,3 +1168,38 @@ class TestCompression:
             answer = await r.answer()
             assert answer == b"".join(sse(*[chunk("word ")] * 200, chunk("", "stop")))
             assert r.sent_bytes < len(answer) / 3
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class TestTracing:
+    @pytest.mark.parametrize(("given", "sent"), [(PARENT, PARENT), ("", ""), ("00-no", "")])
+    async def test_the_trace_context_goes_on_to_the_backend(self, given: str, sent: str) -> None:
+        async with bench() as b:
+            r = await b.open()
+            await r.ask(traceparent=given)
+            assert await r.answer()
+            assert b.backend.traceparents == [sent]
+
+    async def test_a_request_is_a_span(self) -> None:
+        exporter = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        async with bench(tracing=OtelTracing(provider)) as b:
+            r = await b.open()
+            await r.ask(traceparent=PARENT)
+            assert await r.answer()
+            b.backend.failure = BackendUnavailableError("gone")
+            await r.ask(traceparent=PARENT)
+            assert (await r.error()).code == "backend_unavailable"
+            await wait_all_tasks_blocked()
+        served, failed = exporter.get_finished_spans()
+        assert (served.name, dict(served.attributes or {})["gen_ai.usage.output_tokens"]) == ("chat m", 2)
+        assert dict(failed.attributes or {})["error.type"] == "backend_unavailable"
+        for span, traceparent in zip((served, failed), b.backend.traceparents, strict=True):
+            assert span.parent is not None
+            assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2]
+            context = span.get_span_context()
+            assert context is not None
+            assert f"{context.span_id:016x}" == traceparent.split("-")[2]

@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "ids": set(),
     "protocol": BASE,
+    "tracing": set(),
     "identity": BASE | {"protocol"},
     "config": BASE | {"protocol", "identity"},
     "peers": BASE | {"protocol"},
@@ -26,8 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "admin": BASE,
     "link": BASE | {"protocol", "p2p"},
     "network": BASE | {"protocol", "p2p", "peers"},
-    "client": BASE | {"protocol", "peers", "link", "http"},
-    "executor": BASE | {"protocol", "peers", "p2p", "http"},
+    "client": BASE | {"protocol", "peers", "link", "http", "tracing"},
+    "executor": BASE | {"protocol", "peers", "p2p", "http", "tracing"},
 }
 """Room -> the rooms that it may import. A room that is not a key may import all of them."""
 TOP = {"node", "cli"}
