@@ -625,6 +625,26 @@ class Config:
             many=True,
         ),
     )
+    policy: str = field(
+        default="adaptive",
+        metadata=_about(
+            _one_of("adaptive", "cheapest", "fastest", "round-robin", "race"),
+            "--policy",
+            "api",
+            "How an executor is chosen among those that can have a request; its own header x-lloom-policy goes before.",
+        ),
+    )
+    hedge: str = field(
+        default="off",
+        metadata=_about(
+            _one_of("off", "free", "on"),
+            "--hedge",
+            "api",
+            "Ask a second executor when the first is slower than 95 % of the model's first tokens, for at most 2 % of "
+            "the requests: among those that charge nothing (free), or all (on). Both see the prompt. A request's "
+            "own header x-lloom-hedge goes before it.",
+        ),
+    )
     max_body_bytes: int = field(
         default=32 << 20,
         metadata=_about(

@@ -31,6 +31,7 @@ from lloom_sidecar.http.errors import ClientDisconnectedError, HttpServerError
 from lloom_sidecar.http.server import Request, Response
 from lloom_sidecar.ids import PeerId, check_model_id
 from lloom_sidecar.link.exchange import Call, Exchange
+from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
 from lloom_sidecar.protocol.compression import decompress
@@ -50,6 +51,7 @@ from .openai import (
 )
 from .route import Route
 from .router import Router
+from .wishes import hedge, max_cost, max_price, pinned, policy
 
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
@@ -99,6 +101,7 @@ class ApiSettings:
     policy: Policy = Policy.ADAPTIVE
     max_body_bytes: int = MAX_BODY_BYTES
     """Of a body that came compressed; what comes as it is was bounded by the server."""
+    hedge: Hedge = Hedge.OFF
     max_price: Price | None = None
     """Ceiling for every request that brings none of its own; None = none."""
 
@@ -250,12 +253,13 @@ class OpenAiApi:
             deadline_ms=round(settings.deadline_s * 1000),
             idempotency_key=(request.header("idempotency-key") or "").encode()[:128] or request_id,
             traceparent=route.span.traceparent,
-            max_cost=_max_cost(request),
+            max_cost=max_cost(request),
         )
         wanted = Wanted(
             model=asked.model,
-            pinned=self._pinned(request),
-            max_price=_max_price(request) or settings.max_price,
+            pinned=pinned(request),
+            max_price=max_price(request) or settings.max_price,
+            hedge=hedge(request) or settings.hedge,
         )
         streams = asked.stream and operation in STREAMED_OPERATIONS
 
@@ -266,29 +270,20 @@ class OpenAiApi:
                 await self._collect(response, route, exchange, call)
 
         with trio.move_on_after(settings.deadline_s) as deadline:
-            await self._router.run(call, wanted, settings.policy, use, route)
+            await self._router.run(call, wanted, policy(request) or settings.policy, use, route)
         if deadline.cancelled_caught:
             raise PeerTimeoutError(f"no complete answer within {settings.deadline_s:.0f} s", code="deadline")
-
-    def _pinned(self, request: Request) -> frozenset[PeerId]:
-        text = request.header("x-lloom-pin-executor")
-        if not text:
-            return frozenset()
-        try:
-            return frozenset(PeerId.parse(part.strip()) for part in text.split(",")[:16])
-        except ValueError as exc:
-            raise RequestError(f"x-lloom-pin-executor: {exc}") from exc
 
     async def _relay(self, response: Response, route: Route, exchange: Exchange, call: Call, n: int) -> None:
         tail = TailHolder(n)
         while (data := await exchange.receive()) is not None:
             ready = tail.feed(data)
             if ready:
-                if not response.started:
+                if route.winner is not exchange:
                     route.commit(exchange)
                     await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
                 await response.write(ready)
-        if not response.started:
+        if route.winner is not exchange:
             route.commit(exchange)
             await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
         await response.finish(tail.release())
@@ -326,27 +321,6 @@ def _decompressed(request: Request, body: bytes, max_bytes: int) -> bytes:
     return decompress(body, encoding, max_bytes)
 
 
-def _max_price(request: Request) -> Price | None:
-    """``x-lloom-max-price: PROMPT/COMPLETION CURRENCY``, minor units per million tokens. Raises RequestError."""
-    text = request.header("x-lloom-max-price")
-    if not text:
-        return None
-    try:
-        return Price.parse(text)
-    except ValueError as exc:
-        raise RequestError(f"x-lloom-max-price: {exc}") from exc
-
-
-def _max_cost(request: Request) -> int | None:
-    """``x-lloom-max-cost: N``, minor units. Raises RequestError."""
-    text = request.header("x-lloom-max-cost")
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) <= 15):
-        raise RequestError(f"x-lloom-max-cost: {text[:40]!r} is not a whole number of minor units such as 25")
-    return int(text)
-
-
 def _explain(route: Route, exchange: Exchange, call: Call) -> list[tuple[bytes, bytes]]:
     """Who answered, after how many attempts, and what the network added to the backend's own time."""
     first_at = route.first_at or trio.current_time()
@@ -357,6 +331,8 @@ def _explain(route: Route, exchange: Exchange, call: Call) -> list[tuple[bytes, 
         (b"x-lloom-executor", str(exchange.peer).encode()),
         (b"x-lloom-attempts", str(route.asked).encode()),
         (b"x-lloom-overhead-ms", f"{overhead_ms:.2f}".encode()),
+        *([(b"x-lloom-hedged", b"1")] if route.is_hedged else []),
+        *([(b"x-lloom-raced", str(route.raced).encode())] if route.raced else []),
     ]
 
 

@@ -26,6 +26,7 @@ from lloom_sidecar.link.stream_pool import StreamPool
 from lloom_sidecar.peers.executors import ExecutorView
 from lloom_sidecar.peers.health import HealthBook, Outcome
 from lloom_sidecar.peers.peerbook import PeerBook
+from lloom_sidecar.peers.selection import is_over
 from lloom_sidecar.protocol.envelope import Signer
 from lloom_sidecar.protocol.offers import Price
 
@@ -83,31 +84,50 @@ class Asker:
         route: Route,
         *,
         budget_s: float = math.inf,
-        price: Price | None = None,
+        ceiling: Price | None = None,
         on_first: Callable[[], None] = lambda: None,
         lost_as: str = "hedged",
     ) -> LloomError | None:
         """Have ``view`` answer ``call``. Returns why it failed, None when it answered.
 
         What ``use`` raises counts as the executor's failure, but for an application that left or asked for what cannot
-        be served. Cancelled: the stream is closed, what was sent is settled, the executor is not blamed.
+        be served. An executor whose price has changed is asked once more for the new one, if the request allows it.
+        Cancelled: the stream is closed, what was sent is settled, the executor is not blamed.
 
         Args:
             budget_s: the longest wait for the first frame of the answer.
-            price: to be paid instead of what it announced.
+            ceiling: the highest price that the application pays; None = any.
             on_first: called when the first frame is there.
             lost_as: the reason in the settlement when another executor's answer was used.
         """
+        priced = self._priced(call, view)
+        error = await self._ask_once(view, priced, use, route, budget_s, on_first, lost_as)
+        if error is not None and error.code == "price_changed":
+            price = error.details.get("price")
+            if isinstance(price, Price) and (ceiling is None or not is_over(price, ceiling)):
+                priced = replace(call, max_price=price)
+                error = await self._ask_once(view, priced, use, route, budget_s, on_first, lost_as)
+        return error
+
+    async def _ask_once(
+        self,
+        view: ExecutorView,
+        call: Call,
+        use: Use,
+        route: Route,
+        budget_s: float,
+        on_first: Callable[[], None],
+        lost_as: str,
+    ) -> LloomError | None:
         peer = view.peer
         began_at = trio.current_time()
         stage = "open"
         route.asked += 1
         if not route.is_committed:
             route.executor = peer
-        priced = self._priced(call, view, price)
         span = route.span.attempt(str(peer))
         if span.traceparent != call.traceparent:
-            priced = replace(priced, traceparent=span.traceparent)
+            call = replace(call, traceparent=span.traceparent)
         ticket = self._health.begin(peer, call.model, began_at, prior_s=self._health.prior(view.load.ttft_s))
         sent: list[Sent] = []
         exchange: Exchange | None = None
@@ -117,7 +137,7 @@ class Asker:
             with trio.move_on_after(budget_s) as waiting:
                 await self._ensure_connected(peer)
                 stage = "first_byte"
-                async with self._exchange_with(self._pool, self._signer, peer, priced, sent.append) as exchange:
+                async with self._exchange_with(self._pool, self._signer, peer, call, sent.append) as exchange:
                     waiting.deadline = math.inf
                     stage = "answer"
                     self._health.first_byte(ticket, exchange.first_at)
@@ -140,7 +160,7 @@ class Asker:
             if not is_over:
                 is_outrun = route.is_committed and not is_winner
                 reason = lost_as if is_outrun else "cancelled"
-                self._health.end(ticket, Outcome.CANCELLED, now)
+                self._health.end(ticket, Outcome.OUTRUN if is_outrun else Outcome.CANCELLED, now)
                 if is_outrun:
                     route.attempts.append(Attempt(str(peer), stage, reason, (now - began_at) * 1000))
             else:
@@ -149,7 +169,7 @@ class Asker:
             for one in sent:
                 is_last = one is sent[-1]
                 self._observer.exchange_settled(
-                    settle(one, priced, was_used=is_winner and is_last, reason=reason if is_last else "stale")
+                    settle(one, call, was_used=is_winner and is_last, reason=reason if is_last else "stale")
                 )
         if failure is None:
             self._health.end(ticket, Outcome.OK, now)
@@ -162,10 +182,8 @@ class Asker:
         self._observer.attempt_failed(peer, call.model, failure, stage)
         return failure
 
-    def _priced(self, call: Call, view: ExecutorView, price: Price | None) -> Call:
+    def _priced(self, call: Call, view: ExecutorView) -> Call:
         """The call with what this executor may charge: its promise if it gave one, else what it announced."""
-        if price is not None:
-            return replace(call, max_price=price)
         quote = self._quote_of(view.peer, call.model)
         if quote is None:
             return replace(call, max_price=view.offer.price)
@@ -173,7 +191,7 @@ class Asker:
 
 
 def _outcome_of(failure: LloomError) -> Outcome:
-    if blames_request(failure):
+    if blames_request(failure) or failure.code == "price_changed":
         return Outcome.CANCELLED  # says nothing of the executor, and a quick word is no quick answer
     if isinstance(failure, PeerTimeoutError):
         return Outcome.TIMEOUT

@@ -109,6 +109,22 @@ def error_document(error: LloomError, attempts: Sequence[Attempt] = ()) -> bytes
     return msgspec.json.encode({"error": shown})
 
 
+def is_context_error(error: LloomError) -> bool:
+    """The backend says that the prompt is too long for its context: one with a longer context may serve it.
+
+    Source: OpenAI (code context_length_exceeded), llama.cpp (type exceed_context_size_error), vLLM (message "This
+    model's maximum context length is ...").
+    """
+    if not isinstance(error, RefusedError) or error.http_status != 400 or not error.body:
+        return False
+    shown = _backend_error(error.body)
+    return (
+        shown.get("code") == "context_length_exceeded"
+        or shown.get("type") == "exceed_context_size_error"
+        or "maximum context length" in str(shown.get("message"))
+    )
+
+
 def _backend_error(body: bytes) -> dict[str, Any]:
     try:
         document = msgspec.json.decode(body)

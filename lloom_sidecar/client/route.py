@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lloom_sidecar.errors import LloomError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Exchange
+from lloom_sidecar.peers.selection import Choice
 from lloom_sidecar.tracing import NO_SPAN, Span
 
 from .openai import Attempt
@@ -37,6 +38,12 @@ class Route:
     """When the first frame of that answer was there."""
     span: Span = NO_SPAN
     on_commit: Callable[[Exchange], None] = lambda exchange: None
+    choices: list[Choice] = field(default_factory=list)
+    """Every choice that was made for it, in order."""
+    raced: int = 0
+    """Executors that were asked at once; 0 = no race."""
+    is_hedged: bool = False
+    """A second executor was asked since the first was slow."""
 
     @property
     def is_committed(self) -> bool:

@@ -37,6 +37,8 @@ from lloom_sidecar.p2p.daemon import Daemon, Identity
 from lloom_sidecar.p2p.inbound import serve_inbound
 from lloom_sidecar.p2p.stream import P2PStream
 from lloom_sidecar.peers.health import HealthBook
+from lloom_sidecar.peers.hedging import Hedge
+from lloom_sidecar.peers.selection import Policy
 from lloom_sidecar.protocol.names import PROTOCOL_HELLO, PROTOCOL_REQUEST, SERVICE_VALIDATOR
 from lloom_sidecar.protocol.network_key import NetworkKeys
 
@@ -170,6 +172,8 @@ class Node:
             book=control.book,
             settings=ApiSettings(
                 api_keys=read_secret_lines(key_file) if key_file is not None else (),
+                policy=Policy(self.config.policy.replace("-", "_")),
+                hedge=Hedge(self.config.hedge),
                 max_price=self.config.max_price,
                 max_body_bytes=self.config.max_body_bytes,
             ),

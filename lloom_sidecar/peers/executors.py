@@ -214,6 +214,11 @@ class ModelIndex(Sequence[ExecutorView]):
         found += self._views[: min(at, count - len(found))]
         return found
 
+    def of_peer(self, peer: PeerId) -> list[ExecutorView]:
+        """The view of ``peer``, if it is in."""
+        at = bisect_left(self._points, ring_point(peer.raw))
+        return [view for view in self._views[at : at + 4] if view.peer == peer]  # some, should points collide
+
     def __len__(self) -> int:
         return len(self._views)
 

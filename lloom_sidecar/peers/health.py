@@ -4,6 +4,10 @@ Pure state: ``now`` is monotonic seconds. Every attempt is one ticket: ``begin``
 
     closed --(5 failures in a row, or half of the last 20)--> open --(backoff over)--> half-open, one probe
     half-open --(first byte)--> closed, one failure from open | --(failure)--> open for twice as long
+
+A single failure or refusal is a strike: it counts as slow, so that others are preferred, and when its pause is over the
+next request is its probe, however slow it counts. The first byte of a probe forgives: what came back is used again at
+once, what did not costs one request a pause, and the pause doubles.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ MIN_PRIOR_S: Final = 0.05
 MAX_PRIOR_S: Final = 5.0
 """An announced figure is believed between these: whoever claims to be faster gains nothing by it."""
 PENALTY_S: Final = 5.0
-"""A failure or refusal counts as at least so slow, and as twice as slow as the one before."""
+"""A failure or refusal counts as at least so slow, and as twice as slow as the one before, until a probe forgives."""
 MAX_PENALTY_S: Final = 60.0
 REFUSAL_PAUSE_S: Final = 0.25
 """Pause after a refusal that names no time; doubles with each in a row."""
@@ -68,8 +72,10 @@ class Outcome(Enum):
     """No first byte within the budget."""
     LOST = "lost"
     """The stream ended before END."""
+    OUTRUN = "outrun"
+    """Another executor that was asked the same answered first: without a first byte it counts as at least so slow."""
     CANCELLED = "cancelled"
-    """This node gave up for its own reasons (the app left, a hedge won, the request was wrong): says nothing."""
+    """This node gave up for its own reasons (the app left, the request was wrong): says nothing."""
 
 
 class Circuit(Enum):
@@ -116,6 +122,8 @@ class Judgement(NamedTuple):
     """When it was last used, counted in attempts of this node; 0 = never."""
     wait_s: float
     """With a verdict: seconds until it may be used; for a probe under way, a guess."""
+    is_due: bool = False
+    """It failed, its pause is over, and nobody has tried since: the next attempt is its probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +145,18 @@ class _Record:
         "failures",
         "in_flight",
         "is_open",
-        "is_probing",
         "mean_s",
         "not_before",
         "open_until",
         "opened",
         "peak_s",
         "prior_s",
+        "probe",
+        "probe_at",
         "refusals",
         "results",
+        "strikes",
+        "struck_at",
         "turn",
     )
 
@@ -159,8 +170,13 @@ class _Record:
         self.refusals = 0
         self.results: deque[bool] = deque(maxlen=RATE_WINDOW)
         self.is_open = False
-        self.is_probing = False
         self.opened = 0
+        self.probe: Ticket | None = None
+        """The attempt that decides whether it is used again."""
+        self.probe_at: float | None = None
+        """When such an attempt is due; None = it is in use as usual."""
+        self.strikes = 0
+        self.struck_at = float("-inf")
         self.open_until = 0.0
         self.not_before = float("-inf")
         self.turn = 0
@@ -200,6 +216,18 @@ class _Record:
         self.peak_s = max(estimate_s, penalty_s)
         self.at = now
 
+    def strike(self, pause_s: float, now: float) -> None:
+        self.strikes += 1
+        self.struck_at = now
+        self.probe_at = now + pause_s
+
+    def forgive(self, sample_s: float) -> None:
+        self.peak_s = sample_s
+        self.probe_at = None
+
+    def is_due(self, now: float) -> bool:
+        return self.probe is None and self.probe_at is not None and now >= self.probe_at
+
     def circuit(self, now: float) -> Circuit:
         if not self.is_open:
             return Circuit.CLOSED
@@ -211,21 +239,27 @@ class _Record:
         if self.is_open:
             if now < self.open_until:
                 return Verdict.CIRCUIT_OPEN
-            if self.is_probing:
+            if self.probe is not None:
                 return Verdict.PROBING
         return None
 
     def wait_s(self, now: float) -> float:
         wait = max(0.0, self.not_before - now)
         if self.is_open:
-            wait = max(wait, self.open_until - now, BACKOFF_S if self.is_probing else 0.0)
+            wait = max(wait, self.open_until - now, BACKOFF_S if self.probe is not None else 0.0)
         return wait
 
     def open(self, now: float) -> None:
-        self.open_until = now + min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(self.opened, 16))
+        self.open_until = self.probe_at = now + _backoff_s(BACKOFF_S, self.opened)
         self.opened += 1
         self.is_open = True
+        self.probe = None  # one that began before tells nothing new
         self.results.clear()
+
+
+def _backoff_s(first_s: float, times: int) -> float:
+    """Doubled ``times`` times, at most 30 s."""
+    return min(MAX_BACKOFF_S, first_s * 2.0 ** min(times, 16))
 
 
 class _Window:
@@ -252,17 +286,20 @@ class _Window:
 class Ticket:
     """One attempt at one executor, from ``HealthBook.begin`` to ``HealthBook.end``."""
 
-    __slots__ = ("_record", "has_first_byte", "is_ended", "is_probe", "model", "peer", "started_at")
+    __slots__ = ("_record", "has_first_byte", "is_ended", "model", "peer", "started_at")
 
-    def __init__(self, peer: PeerId, model: str, record: _Record, *, started_at: float, is_probe: bool) -> None:
+    def __init__(self, peer: PeerId, model: str, record: _Record, *, started_at: float) -> None:
         self.peer = peer
         self.model = model
         self.started_at = started_at
-        self.is_probe = is_probe
-        """This attempt decides about a half-open circuit."""
         self.has_first_byte = False
         self.is_ended = False
         self._record = record
+
+    @property
+    def is_probe(self) -> bool:
+        """This attempt decides whether an executor that failed is used again; it has not decided yet."""
+        return self._record.probe is self
 
 
 class HealthBook:
@@ -295,9 +332,10 @@ class HealthBook:
         self._turns += 1
         record.turn = self._turns
         record.in_flight += 1
-        is_probe = record.circuit(now) is Circuit.HALF_OPEN and not record.is_probing
-        record.is_probing = record.is_probing or is_probe
-        return Ticket(peer, model, record, started_at=now, is_probe=is_probe)
+        ticket = Ticket(peer, model, record, started_at=now)
+        if record.is_due(now):
+            record.probe = ticket
+        return ticket
 
     def _forget_idle(self) -> None:
         excess = len(self._records) - self._busy - self._limits.max_records
@@ -307,7 +345,7 @@ class HealthBook:
                 del self._records[key]
 
     def first_byte(self, ticket: Ticket, now: float) -> None:
-        """Its first byte came. Counted once a ticket; closes a half-open circuit on probation."""
+        """Its first byte came. Counted once a ticket; forgives a strike, closes a half-open circuit on probation."""
         if ticket.has_first_byte or ticket.is_ended:
             return
         ticket.has_first_byte = True
@@ -316,9 +354,14 @@ class HealthBook:
         record.observe(ttft_s, now)
         record.refusals = 0
         self._sample(ticket.model, ttft_s)
-        if ticket.is_probe:
+        is_probe = ticket.is_probe
+        if is_probe or (not record.is_open and ticket.started_at >= record.struck_at):
+            record.forgive(ttft_s)
+        if is_probe:
+            record.probe = None
+        if is_probe and record.is_open:
             # A stream may last minutes: others need not wait for its end, but its loss opens the circuit again.
-            record.is_open = record.is_probing = False
+            record.is_open = False
             record.failures = FAILURES_TO_OPEN - 1
 
     def end(self, ticket: Ticket, outcome: Outcome, now: float, *, retry_after_s: float | None = None) -> None:
@@ -338,24 +381,30 @@ class HealthBook:
             self._busy -= 1
             self._records.move_to_end((ticket.peer, ticket.model))
             self._forget_idle()
-        is_probe_open = ticket.is_probe and not ticket.has_first_byte
-        if is_probe_open:
-            record.is_probing = False
+        is_probe = ticket.is_probe
+        if is_probe:
+            record.probe = None
         if retry_after_s is not None:
             record.not_before = max(record.not_before, now + min(MAX_RETRY_AFTER_S, max(0.0, retry_after_s)))
         if outcome is Outcome.CANCELLED:
             return
         elapsed_s = max(0.0, now - ticket.started_at)
+        if outcome is Outcome.OUTRUN:
+            if not ticket.has_first_byte and elapsed_s > record.estimate(now, record.prior_s):
+                record.observe(elapsed_s, now)
+                self._sample(ticket.model, elapsed_s)
+            return
         if outcome is Outcome.OK:
             if not record.is_open:
                 record.failures = 0
                 record.opened = 0
+                record.strikes = 0
                 record.results.append(True)
             return
         record.penalise(0.0 if ticket.has_first_byte else elapsed_s, now)
         if outcome is Outcome.REFUSED:
             self._refused(record, now, retry_after_s)
-            if is_probe_open:
+            if is_probe:
                 # It answers, so it is not broken; that it has no room is what not_before is for.
                 record.is_open = False
                 record.failures = 0
@@ -363,13 +412,15 @@ class HealthBook:
         if outcome is Outcome.TIMEOUT:
             # Counts as at least so long: when everything gets slow the budget must grow.
             self._sample(ticket.model, elapsed_s)
-        if record.is_open and not is_probe_open:
+        if record.is_open and not is_probe:
             return  # began before the circuit opened: tells nothing new
+        if ticket.started_at >= record.struck_at:  # of those that were lost together only one strikes
+            record.strike(_backoff_s(BACKOFF_S, record.strikes), now)
         record.failures += 1
         record.results.append(False)
         failed = record.results.count(False)
         is_rate_over = len(record.results) >= MIN_FOR_RATE and failed >= RATE_TO_OPEN * len(record.results)
-        if is_probe_open or record.failures >= FAILURES_TO_OPEN or is_rate_over:
+        if (is_probe and record.is_open) or record.failures >= FAILURES_TO_OPEN or is_rate_over:
             record.open(now)
 
     @staticmethod
@@ -378,6 +429,9 @@ class HealthBook:
         if retry_after_s is None:
             pause_s = min(MAX_PAUSE_S, REFUSAL_PAUSE_S * 2.0 ** min(record.refusals - 1, 16))
             record.not_before = max(record.not_before, now + pause_s)
+        if not record.is_open:
+            record.struck_at = now
+            record.probe_at = record.not_before
 
     def _sample(self, model: str, ttft_s: float) -> None:
         window = self._windows.get(model)
@@ -401,7 +455,8 @@ class HealthBook:
             return Judgement(None, prior_s, 0, 0, 0.0)
         verdict = record.verdict(now)
         wait_s = 0.0 if verdict is None else record.wait_s(now)
-        return Judgement(verdict, record.estimate(now, prior_s), record.in_flight, record.turn, wait_s)
+        is_due = verdict is None and record.is_due(now)
+        return Judgement(verdict, record.estimate(now, prior_s), record.in_flight, record.turn, wait_s, is_due)
 
     def circuit(self, peer: PeerId, model: str, now: float) -> Circuit:
         """State of its circuit; closed when it was never used."""

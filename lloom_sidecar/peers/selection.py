@@ -1,7 +1,7 @@
 """Which executor gets a request. Pure: reads the candidates and their health, changes nothing, draws from a given rng.
 
-Filter, then prefix affinity, then the power of two choices on peak EWMA x (in flight + 1) / slots. With many candidates
-only those drawn are looked at: a choice costs the same among 20 and among 10,000.
+Filter, then a probe if one is due, then prefix affinity, then the power of two choices on peak EWMA x (in flight + 1) /
+slots. With many candidates only those drawn are looked at: a choice costs the same among 20 and among 10,000.
 
 Source: Mitzenmacher, The Power of Two Choices in Randomized Load Balancing (2001); Thaler and Ravishankar, Using
 Name-Based Mappings to Increase Hit Rates (1998); Mirrokni et al., Consistent Hashing with Bounded Loads (2018).
@@ -21,7 +21,8 @@ from lloom_sidecar.ids import PeerId
 from lloom_sidecar.protocol.offers import ModelOffer, Price
 
 from .executors import ExecutorView, LeaseState, ModelIndex, ring_point
-from .health import HealthBook, Verdict
+from .health import MIN_PRIOR_S, HealthBook, Verdict
+from .hedging import Hedge
 
 SCAN_AT_MOST: Final = 16
 """Up to so many candidates all are looked at, above it a draw is cheaper."""
@@ -32,7 +33,8 @@ AFFINITY_WINDOW: Final = 8
 BOUNDED_LOAD: Final = 1.25
 """A preferred executor is passed over above so many times the mean load. Source: Mirrokni et al., c = 1 + 1/4."""
 AFFINITY_PATIENCE: Final = 4.0
-"""A preferred executor is passed over when it costs so many times what the best one does: a warm cache saves less."""
+"""A preferred executor is passed over when it costs so many times what the best one does: a warm cache saves less.
+The best one counts as at least ``MIN_PRIOR_S``: below, the difference is noise."""
 RELAYED_COST: Final = 1.25
 """Cost factor of a relayed path: direct wins between equals, a clearly faster relayed one still wins."""
 DEFAULT_RACE: Final = 3
@@ -49,7 +51,7 @@ class Policy(Enum):
     ROUND_ROBIN = "round_robin"
     """The one that this node used longest ago."""
     RACE = "race"
-    """The ``race`` best at once; the first answer wins."""
+    """The ``race`` best at once; the first answer wins. Priced ones only when the request allows hedging."""
 
 
 class Filtered(Enum):
@@ -77,6 +79,8 @@ class Rule(Enum):
 
     NONE = "none"
     """Nobody can have the request."""
+    PROBE = "probe"
+    """It failed before and its pause is over: this request finds out whether it is back."""
     ONLY = "only"
     """One was left, or found by the draws."""
     AFFINITY = "affinity"
@@ -99,9 +103,13 @@ class Wanted:
     excluded: frozenset[PeerId] = frozenset()
     affinity_key: bytes | None = None
     """Digest of the conversation's beginning: the same key prefers the same executor. Never leaves this node."""
+    warm: PeerId | None = None
+    """Served this conversation before: preferred before what the key says, within the same bounds."""
     members_only: bool = False
     """Only executors of our network, though the book holds others."""
     race: int = DEFAULT_RACE
+    hedge: Hedge = Hedge.OFF
+    """Whether several may be asked. A race is a wish of its own: it runs among the free ones also when this is off."""
 
 
 class Considered(NamedTuple):
@@ -118,6 +126,8 @@ class Considered(NamedTuple):
     turn: int
     wait_s: float
     """When filtered by its health: seconds until that ends."""
+    is_due: bool = False
+    """It failed before, and this request may be its probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +209,10 @@ def choose(
         usable = room.scan(candidates)
     if not usable:
         return Choice((), Rule.NONE, room.looked_at, True)
+    if policy in (Policy.ADAPTIVE, Policy.FASTEST) and not request.excluded:  # a failover probes nobody
+        due = next((one for one in usable if one.is_due), None)
+        if due is not None:
+            return Choice((due.view,), Rule.PROBE, room.looked_at, is_complete)
     if policy is Policy.ADAPTIVE:
         best = _best(usable, rng) if is_complete else min(usable, key=_cost)
         rule = Rule.TWO_CHOICES if len(usable) > 1 else Rule.ONLY
@@ -214,8 +228,15 @@ def choose(
     elif policy is Policy.ROUND_ROBIN:
         picks = [min(usable, key=lambda one: one.turn)]
     else:
-        picks = sorted(usable, key=_cost)[: max(1, request.race)]
+        ranked = sorted(usable, key=_cost)
+        picks = [ranked[0], *(one for one in ranked[1:] if may_double(ranked[0].view, one.view, request.hedge))]
+        picks = picks[: max(1, request.race)]
     return Choice(tuple(one.view for one in picks), Rule.POLICY, room.looked_at, is_complete)
+
+
+def may_double(first: ExecutorView, second: ExecutorView, hedge: Hedge) -> bool:
+    """Whether a request that ``first`` has may be asked of ``second`` too."""
+    return hedge is Hedge.ON or (first.offer.price.is_free and second.offer.price.is_free)
 
 
 def _cost(one: Considered) -> float:
@@ -271,17 +292,19 @@ class _Room:
 
     def prefer(self, candidates: Sequence[ExecutorView], usable: list[Considered]) -> Considered | None:
         """Whom the affinity key prefers, unless it is overloaded or much slower than the best of ``usable``."""
-        key = self._request.affinity_key
+        key, warm = self._request.affinity_key, self._request.warm
         if key is None:
             return None
         window = usable
         if len(candidates) > SCAN_AT_MOST and isinstance(candidates, ModelIndex):
-            near = map(self.look, candidates.near(ring_point(key), AFFINITY_WINDOW))
-            window = [one for one in near if one.filtered is None and not one.is_suspect]
+            near = candidates.near(ring_point(key), AFFINITY_WINDOW)
+            if warm is not None:
+                near += candidates.of_peer(warm)
+            window = [one for one in map(self.look, near) if one.filtered is None and not one.is_suspect]
         ranked = sorted(window, key=lambda one: ring_point(key + one.view.peer.raw), reverse=True)
         mean = (sum(one.in_flight for one in window) + 1) / max(1, len(window))
-        limit = AFFINITY_PATIENCE * min(one.cost for one in usable)
-        for one in ranked[:2]:
+        limit = AFFINITY_PATIENCE * max(MIN_PRIOR_S, min(one.cost for one in usable))
+        for one in [*(one for one in window if one.view.peer == warm), *ranked[:2]]:
             has_room = one.in_flight < max(one.view.offer.slots, BOUNDED_LOAD * mean)
             if has_room and one.cost <= limit:
                 return one
@@ -306,7 +329,7 @@ class _Room:
             filtered = Filtered.CONTEXT
         elif request.features and offer.features and not request.features <= offer.features:
             filtered = Filtered.FEATURES
-        elif request.max_price is not None and _is_over(offer.price, request.max_price):
+        elif request.max_price is not None and is_over(offer.price, request.max_price):
             filtered = Filtered.PRICE
         is_suspect = state is LeaseState.SUSPECT
         if filtered is not None:
@@ -321,10 +344,13 @@ class _Room:
         cost = judged.estimate_s * (in_flight + 1) / max(1, offer.slots)
         if view.is_relayed:
             cost *= RELAYED_COST
-        return Considered(view, filtered, is_suspect, judged.estimate_s, in_flight, cost, judged.turn, judged.wait_s)
+        return Considered(
+            view, filtered, is_suspect, judged.estimate_s, in_flight, cost, judged.turn, judged.wait_s, judged.is_due
+        )
 
 
-def _is_over(price: Price, ceiling: Price) -> bool:
+def is_over(price: Price, ceiling: Price) -> bool:
+    """Whether ``price`` is over ``ceiling``, or in another currency."""
     if price.is_free:
         return False
     return (

@@ -21,8 +21,10 @@ from google.protobuf.message import DecodeError
 
 from lloom_sidecar.errors import LloomError, LocalProtocolError, RefusedError, RemoteProtocolError
 
+from .claims import MAX_CURRENCY_CHARACTERS, price_message
 from .framing import MAX_FRAME_BYTES, FrameCutter, frame
 from .names import VERSION_MAJOR, VERSION_MINOR
+from .offers import Price
 from .pb import lloom_pb2 as pb
 from .varint import decode_varint, encode_varint
 
@@ -194,6 +196,7 @@ Event = (
 def error_frame(error: LloomError, *, body: bytes = b"") -> pb.Error:
     """``error`` as the wire carries it. Only its code, sentence and advice travel, never its cause."""
     retry_after_ms = 0 if error.retry_after_s is None else max(1, round(error.retry_after_s * 1000))
+    price = error.details.get("price")
     return pb.Error(
         code=error.code,
         message=error.message[: MAX_ERROR_TEXT_BYTES // 4],
@@ -201,6 +204,7 @@ def error_frame(error: LloomError, *, body: bytes = b"") -> pb.Error:
         retryable=error.retryable,
         retry_after_ms=min(retry_after_ms, 2**32 - 1),
         body=body if len(body) <= MAX_ERROR_BODY_BYTES else b"",
+        price=price_message(price) if isinstance(price, Price) else None,
     )
 
 
@@ -218,7 +222,15 @@ def _refusal(message: pb.Error) -> RefusedError:
         retryable=message.retryable,
         retry_after_s=message.retry_after_ms / 1000 if message.retry_after_ms else None,
         body=message.body or None,
+        details={"price": _price(message.price)} if message.HasField("price") else None,
     )
+
+
+def _price(message: pb.Price) -> Price:
+    price = Price(message.prompt_per_million, message.completion_per_million, message.currency)
+    if len(price.currency) > MAX_CURRENCY_CHARACTERS or not price.currency.isprintable():
+        raise RemoteProtocolError("an ERROR frame over its limits", code="bad_frame")
+    return price
 
 
 class _Stream:

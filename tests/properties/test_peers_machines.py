@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -295,26 +296,27 @@ class HealthMachine(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from(PEERS[:4]))
     def begin(self, peer: PeerId) -> None:
-        verdict, circuit = self.judge(peer), self.health.circuit(peer, "m", self.now)
+        before, circuit = self.health.judge(peer, "m", self.now), self.health.circuit(peer, "m", self.now)
+        has_probe = any(one.is_probe and one.peer == peer for one in self.tickets)
         ticket = self.health.begin(peer, "m", self.now)
-        assert ticket.is_probe is (
-            circuit is Circuit.HALF_OPEN and not any(one.is_probe and self._decides(one, peer) for one in self.tickets)
-        )
+        if circuit is Circuit.HALF_OPEN:
+            assert ticket.is_probe is not has_probe
+        if before.is_due:
+            assert ticket.is_probe
+            assert before.verdict is None
         if ticket.is_probe:
-            assert verdict in (None, Verdict.NOT_BEFORE)
-            assert self.judge(peer) is not None
+            assert not has_probe
+            assert before.verdict in (None, Verdict.NOT_BEFORE)
+            assert not self.health.judge(peer, "m", self.now).is_due
         self.tickets.append(ticket)
-
-    def _decides(self, ticket: Ticket, peer: PeerId) -> bool:
-        return ticket.peer == peer and not ticket.has_first_byte
 
     @precondition(lambda self: self.tickets)
     @rule(pick=st.integers(0, 10**6))
     def first_byte(self, pick: int) -> None:
         ticket = self.tickets[pick % len(self.tickets)]
         self.health.first_byte(ticket, self.now)
-        if ticket.is_probe:
-            assert ticket.has_first_byte
+        assert ticket.has_first_byte
+        assert not ticket.is_probe
 
     @precondition(lambda self: self.tickets)
     @rule(
@@ -362,6 +364,16 @@ class HealthMachine(RuleBasedStateMachine):
         self.tickets.clear()
         assert self.judge(peer) is None
 
+    @rule(peer=st.sampled_from(PEERS[:4]))
+    def one_good_attempt_later_all_is_forgiven(self, peer: PeerId) -> None:
+        self.everything_ends(peer)
+        ticket = self.health.begin(peer, "m", self.now)
+        self.now += 0.1
+        self.health.end(ticket, Outcome.OK, self.now)
+        judged = self.health.judge(peer, "m", self.now)
+        assert (judged.verdict, judged.is_due) == (None, False)
+        assert judged.estimate_s == pytest.approx(0.1)
+
     @invariant()
     def counts_agree(self) -> None:
         for peer in PEERS[:4]:
@@ -386,7 +398,7 @@ class HealthMachine(RuleBasedStateMachine):
     @invariant()
     def one_probe_at_a_time(self) -> None:
         for peer in PEERS[:4]:
-            probes = [one for one in self.tickets if one.peer == peer and one.is_probe and not one.has_first_byte]
+            probes = [one for one in self.tickets if one.peer == peer and one.is_probe]
             assert len(probes) <= 1
 
 

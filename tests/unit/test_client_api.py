@@ -31,6 +31,7 @@ from lloom_sidecar.http.listeners import open_tcp_listeners
 from lloom_sidecar.http.server import serve
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Call
+from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Policy, Wanted
 from lloom_sidecar.protocol.compression import compress
@@ -86,6 +87,7 @@ class FakeRouter(Router):
         self.calls: list[Call] = []
         self.wanted: list[Wanted] = []
         self.policies: list[Policy] = []
+        self.marks: dict[str, Any] = {}
         self.began = trio.Event()
         self.ended = trio.Event()
 
@@ -97,6 +99,8 @@ class FakeRouter(Router):
         try:
             route.attempts += self.attempts
             route.asked = len(self.attempts)
+            for name, value in self.marks.items():
+                setattr(route, name, value)
             if self.error is not None:
                 raise self.error
             route.asked += 1
@@ -309,6 +313,50 @@ class TestCalls:
             assert error_of(response)["type"] == "invalid_request_error"
             assert b.router.calls == []
             assert b.code() == "invalid_request"
+
+    @pytest.mark.parametrize(
+        ("given", "policy"),
+        [
+            ("round-robin", Policy.ROUND_ROBIN),
+            ("round_robin", Policy.ROUND_ROBIN),
+            ("Race", Policy.RACE),
+            ("cheapest", Policy.CHEAPEST),
+            ("", Policy.FASTEST),
+        ],
+    )
+    async def test_the_policy_of_the_request_goes_before_the_setting(self, given: str, policy: Policy) -> None:
+        async with bench(b"{}", policy=Policy.FASTEST) as b:
+            assert (await b.post(x_lloom_policy=given)).status_code == 200
+            assert b.router.policies == [policy]
+
+    async def test_hedging_by_header(self) -> None:
+        for given, hedge in (("", Hedge.FREE), ("on", Hedge.ON), ("OFF", Hedge.OFF)):
+            async with bench(b"{}", hedge=Hedge.FREE) as b:
+                response = await b.post(x_lloom_hedge=given)
+                assert b.router.wanted[0].hedge is hedge
+                assert "x-lloom-hedged" not in response.headers
+
+    @pytest.mark.parametrize(("header", "word"), [("x_lloom_policy", "quickest"), ("x_lloom_hedge", "maybe")])
+    async def test_an_unknown_word_is_answered_with_the_known_ones(self, header: str, word: str) -> None:
+        async with bench() as b:
+            response = await b.post(**{header: word})
+            assert response.status_code == 400
+            message = error_of(response)["message"]
+            assert word in message
+            assert ("round-robin" in message) is (header == "x_lloom_policy")
+            assert b.router.calls == []
+
+    @pytest.mark.parametrize("body", [BODY, STREAMED])
+    async def test_an_answer_says_that_several_were_asked(self, body: dict[str, Any]) -> None:
+        async with bench(END) as b:
+            b.router.marks = {"is_hedged": True, "raced": 3}
+            response = await b.post(body)
+            assert (response.headers["x-lloom-hedged"], response.headers["x-lloom-raced"]) == ("1", "3")
+
+    async def test_without_a_key_the_request_id_serves(self) -> None:
+        async with bench(b"{}") as b:
+            await b.post()
+            assert b.router.calls[0].idempotency_key == b.router.calls[0].request_id
 
     async def test_pinning(self) -> None:
         async with bench(b"{}") as b:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -14,8 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from lloom_sidecar.client.route import Route
-from lloom_sidecar.client.router import LOOK_UP_S, MAX_ATTEMPTS, Router
-from lloom_sidecar.client.settled import Settled
+from lloom_sidecar.client.router import LOOK_UP_S, MAX_ATTEMPTS, MAX_AWAY_PAUSE_S, PATIENCE_S
 from lloom_sidecar.errors import (
     DaemonUnavailableError,
     LloomError,
@@ -31,168 +29,14 @@ from lloom_sidecar.errors import (
 )
 from lloom_sidecar.http.errors import ClientDisconnectedError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.link.exchange import Call, Exchange, Receipt, Sent
+from lloom_sidecar.link.exchange import Call, Exchange, Sent
 from lloom_sidecar.link.stream_pool import StreamPool
 from lloom_sidecar.peers.executors import LeaseState
-from lloom_sidecar.peers.health import Circuit, HealthBook, HealthLimits
-from lloom_sidecar.peers.peerbook import PeerBook
-from lloom_sidecar.peers.selection import Policy, Wanted
+from lloom_sidecar.peers.health import Circuit, Outcome
+from lloom_sidecar.peers.selection import Policy
 from lloom_sidecar.protocol.envelope import Signer
-from lloom_sidecar.protocol.offers import Announcement, Kind, Load, ModelOffer, Price
-from lloom_sidecar.protocol.pb import lloom_pb2 as pb
-
-SIGNER = Signer(b"c" * 32)
-CALL = Call(request_id=b"r" * 16, operation=pb.OPERATION_CHAT, model="m", body=b"{}", deadline_ms=1000)
-
-
-def peer(number: int) -> PeerId:
-    return PeerId.from_ed25519(number.to_bytes(32, "big"))
-
-
-class FakeExchange:
-    """Gives pieces; a None in between is a verified end, an exception is raised."""
-
-    def __init__(self, sent: Sent, script: list[Any]) -> None:
-        self.peer = sent.peer
-        self.head = None
-        self.sent = sent
-        self.first_at = trio.current_time()
-        self._script = script
-
-    async def receive(self) -> bytes | None:
-        await trio.lowlevel.checkpoint()
-        while self._script:
-            line = self._script.pop(0)
-            if isinstance(line, float):
-                await trio.sleep(line)
-            elif isinstance(line, Exception):
-                raise line
-            else:
-                return cast("bytes", line)
-        self.sent.receipt = receipt_of(self.sent)
-        return None
-
-
-def receipt_of(sent: Sent) -> Receipt:
-    return Receipt(pb.ReceiptClaims(), sent.exchange, b"end", sent.request, sent.salt, b"ack")
-
-
-@dataclass
-class Bench:
-    """A router over a real peer book and a real health book."""
-
-    ensure_errors: dict[PeerId, LloomError] = field(default_factory=dict)
-    scripts: dict[PeerId, list[Any]] = field(default_factory=dict)
-    """Per peer: what its exchanges do, one entry each: an exception (refused), or a list for FakeExchange, whose first
-    float is the time to the first byte."""
-    is_complete: bool = True
-    budget_s: float = 2.0
-    asked: list[PeerId] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    looked_up: list[str] = field(default_factory=list)
-    failed: list[tuple[PeerId, str, str]] = field(default_factory=list)
-    settled: list[Settled] = field(default_factory=list)
-    sent: list[Sent] = field(default_factory=list)
-    on_look_up: Callable[[], Awaitable[None]] | None = None
-
-    def __post_init__(self) -> None:
-        self.book = PeerBook(me=SIGNER.peer, is_open=True, allow_list=frozenset())
-        limits = HealthLimits(budget_initial_s=self.budget_s)
-        self.health = HealthBook(limits)
-        self.router = self.make_router(self._exchange)
-
-    def make_router(self, exchange_with: Any) -> Router:
-        return Router(
-            pool=cast("StreamPool", None),
-            signer=SIGNER,
-            book=self.book,
-            health=self.health,
-            look_up=self._look_up,
-            ensure_connected=self._ensure,
-            catalogue_is_complete=lambda: self.is_complete,
-            observer=self,
-            rng=random.Random(1),
-            exchange_with=exchange_with,
-        )
-
-    def add(self, number: int, *exchanges: Any, price: Price | None = None, ttl_s: float = 900.0) -> PeerId:
-        digest = hashlib.sha256(number.to_bytes(4, "big")).digest()
-        offer = ModelOffer("m", price=price or Price())
-        who = peer(number)
-        self.book.apply(
-            Announcement(who, 1, 0, ttl_s, Kind.INITIAL, b"", True, (), (offer,), Load(), "", b"", digest, digest),
-            now=trio.current_time(),
-            direct=True,
-            source=None,
-        )
-        self.scripts[who] = list(exchanges)
-        return who
-
-    def attempt_failed(self, peer: PeerId, model: str, error: LloomError, stage: str) -> None:
-        self.failed.append((peer, error.code, stage))
-
-    def exchange_settled(self, settled: Settled) -> None:
-        self.settled.append(settled)
-
-    @property
-    def answered(self) -> list[PeerId]:
-        """Whose answers are owed. Whatever was sent must be settled once."""
-        assert sorted(one.request for one in self.settled) == sorted(one.request for one in self.sent)
-        return [one.peer for one in self.settled if one.is_owed]
-
-    def reasons(self) -> list[tuple[PeerId, str]]:
-        """(peer, reason) of what was settled."""
-        return [(one.peer, one.reason) for one in self.settled]
-
-    async def _look_up(self, model: str) -> None:
-        self.looked_up.append(model)
-        if self.on_look_up is not None:
-            await self.on_look_up()
-
-    async def _ensure(self, peer: PeerId) -> None:
-        await trio.lowlevel.checkpoint()
-        if peer in self.ensure_errors:
-            self.asked.append(peer)
-            raise self.ensure_errors[peer]
-
-    @asynccontextmanager
-    async def _exchange(
-        self, pool: StreamPool, signer: Signer, peer: PeerId, call: Call, on_sent: Callable[[Sent], None]
-    ) -> AsyncIterator[Exchange]:
-        self.asked.append(peer)
-        self.calls.append(call)
-        sent = Sent(peer, 1, b"request %d" % len(self.sent), b"s" * 16)
-        self.sent.append(sent)
-        on_sent(sent)
-        script = self.scripts[peer]
-        step = script.pop(0) if script else [b"hi"]
-        if isinstance(step, Exception):
-            raise step
-        step = list(step)
-        if step and isinstance(step[0], float):
-            await trio.sleep(float(step.pop(0)))
-        yield cast("Exchange", FakeExchange(sent, step))
-
-    async def run(self, use: Any = None, *, commits: bool = False, **wanted: Any) -> Route:
-        route = Route(trio.current_time())
-
-        async def read(route: Route, exchange: Exchange) -> None:
-            while await exchange.receive() is not None:
-                if commits:
-                    route.commit(exchange)
-            route.commit(exchange)
-
-        self.route = route
-        await self.router.run(CALL, Wanted("m", **wanted), Policy.ROUND_ROBIN, use or read, route)
-        return route
-
-
-BUSY = PeerBusyError("full")
-
-
-def refused(status: int, code: str = "x", **kwargs: Any) -> RefusedError:
-    kwargs.setdefault("retryable", True)
-    return RefusedError("no", code=code, http_status=status, **kwargs)
+from lloom_sidecar.protocol.offers import Price
+from tests.fakes.router_bench import BUSY, CALL, Bench, FakeExchange, peer, receipt_of, refused
 
 
 class TestFailover:
@@ -289,16 +133,129 @@ class TestFailover:
             await b.run(pinned=frozenset({two}))
         assert set(b.asked) == {two}
 
-    async def test_a_daemon_that_is_down_is_nobodys_fault(self) -> None:
+    async def test_a_daemon_that_is_down_is_nobodys_fault_and_waited_for(self, autojump_clock: MockClock) -> None:
+        away = [DaemonUnavailableError("p2pd is away")] * 100
         b = Bench()
-        b.add(1, DaemonUnavailableError("p2pd is away"))
-        b.add(2, DaemonUnavailableError("p2pd is away"))
+        for n in (1, 2):
+            b.add(n, *away)
+        began_at = trio.current_time()
         with pytest.raises(DaemonUnavailableError) as caught:
             await b.run()
         assert caught.value.http_status == 503
-        assert len(b.asked) == 1
-        assert b.failed == []
+        assert PATIENCE_S - MAX_AWAY_PAUSE_S <= trio.current_time() - began_at <= PATIENCE_S * 1.1
+        assert (b.failed, b.route.attempts) == ([], [])
         assert b.health.snapshot(0)[0].in_flight == 0
+        b = Bench()
+        b.add(1, *away[:3])
+        route = await b.run()
+        assert (len(b.answered), route.attempts) == (1, [])
+
+
+class TestPrices:
+    def changed(self, price: Price | None) -> RefusedError:
+        details = None if price is None else {"price": price}
+        return RefusedError("dearer now", code="price_changed", http_status=402, retryable=True, details=details)
+
+    @pytest.mark.parametrize("ceiling", [None, Price(9, 9, "EUR")])
+    async def test_a_price_that_changed_in_flight_is_paid_when_it_is_allowed(self, ceiling: Price | None) -> None:
+        b = Bench()
+        who = b.add(1, self.changed(Price(9, 9, "EUR")), [b"ok"], price=Price(5, 5, "EUR"))
+        route = await b.run(max_price=ceiling)
+        assert [call.max_price for call in b.calls] == [Price(5, 5, "EUR"), Price(9, 9, "EUR")]
+        assert b.reasons() == [(who, "refused"), (who, "")]
+        assert b.answered == [who]
+        assert [attempt.reason for attempt in route.attempts] == ["price_changed"]
+        view = b.health.snapshot(trio.current_time())[0]
+        assert (view.failures_in_a_row, view.wait_s) == (0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("now", "ceiling"),
+        [(Price(9, 9, "EUR"), Price(8, 9, "EUR")), (Price(1, 1, "USD"), Price(8, 9, "EUR")), (None, None)],
+    )
+    async def test_else_another_one_is_asked(self, now: Price | None, ceiling: Price | None) -> None:
+        b = Bench()
+        dear = b.add(1, self.changed(now), self.changed(now), price=Price(5, 5, "EUR"))
+        other = b.add(2, price=Price(5, 5, "EUR"))
+        for _ in range(2):
+            await b.run(max_price=ceiling)
+        assert set(b.answered) == {other}
+        assert b.asked.count(dear) == 1
+
+    async def test_not_more_than_once(self) -> None:
+        b = Bench()
+        b.add(1, *[self.changed(Price(n, n, "EUR")) for n in range(6, 20)], price=Price(5, 5, "EUR"))
+        with pytest.raises(RefusedError) as caught:
+            await b.run()
+        assert caught.value.code == "price_changed"
+        assert len(b.asked) == 2
+
+
+class TestContext:
+    def too_long(self, code: str = "context_length_exceeded") -> RefusedError:
+        body = b'{"error":{"message":"too long","code":"%s"}}' % code.encode()
+        return refused(400, "backend_rejected", retryable=False, body=body)
+
+    async def test_only_a_longer_context_is_asked_then(self) -> None:
+        b = Bench()
+        for n in (1, 2, 3):
+            b.add(n, self.too_long(), self.too_long(), context=4096)
+        large = b.add(4, context=8192)
+        for _ in range(4):
+            await b.run()
+        assert set(b.answered) == {large}
+        assert b.failed
+        assert len(b.asked) <= 2 * 4
+        assert set(b.asked) > {large}
+
+    async def test_when_there_is_none_the_application_is_told(self) -> None:
+        b = Bench()
+        for n, context in enumerate((4096, 8192, 0)):
+            b.add(n + 1, self.too_long(), context=context)
+        with pytest.raises(RefusedError) as caught:
+            await b.run(pinned=frozenset({peer(2), peer(3)}))
+        assert (caught.value.http_status, caught.value.body is not None) == (400, True)
+        assert set(b.asked) <= {peer(2), peer(3)}
+
+    async def test_another_400_is_none(self) -> None:
+        b = Bench()
+        b.add(1, self.too_long("other"), context=1)
+        b.add(2, self.too_long("other"), context=2)
+        with pytest.raises(RefusedError):
+            await b.run()
+        assert len(b.asked) == 1
+
+
+class TestAffinity:
+    def call(self, *said: str) -> Call:
+        messages = [{"role": "system", "content": "be kind"}, *({"role": "user", "content": one} for one in said)]
+        return replace(CALL, body=json.dumps({"model": "m", "messages": messages}).encode())
+
+    async def test_a_conversation_stays_with_its_executor(self) -> None:
+        b = Bench()
+        b.measured(0.1, *(b.add(n) for n in range(1, 9)))
+        for talk in range(30):
+            said = [f"question {talk}"]
+            first = (await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))).executor
+            for turn in range(4):
+                said += ["answer", f"and {turn}"]
+                route = await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))
+                assert route.executor == first
+        assert len(set(b.answered)) == 8
+
+    async def test_it_moves_when_its_executor_is_loaded_and_then_stays_there(self) -> None:
+        b = Bench()
+        b.measured(0.1, *(b.add(n) for n in range(1, 5)))
+        said = ["hello"]
+        first = (await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))).executor
+        assert first is not None
+        held = [b.health.begin(first, "m", trio.current_time()) for _ in range(4)]
+        said += ["answer", "more"]
+        second = (await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))).executor
+        assert second not in (None, first)
+        for ticket in held:
+            b.health.end(ticket, Outcome.CANCELLED, trio.current_time())
+        said += ["answer", "more"]
+        assert (await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))).executor == second
 
 
 class TestSettling:
@@ -321,7 +278,7 @@ class TestSettling:
         assert (last.receipt, last.request, last.salt) == (b.sent[-1].receipt, b.sent[-1].request, b"s" * 16)
         assert last.call.max_price == Price()
 
-    async def test_what_was_never_sent_is_not_settled(self) -> None:
+    async def test_what_was_never_sent_is_not_settled(self, autojump_clock: MockClock) -> None:
         b = Bench()
         b.ensure_errors[b.add(1)] = PeerUnreachableError("no route")
         with pytest.raises(PeerUnreachableError):
@@ -438,7 +395,8 @@ class TestWaiting:
         [
             refused(503, "busy", retry_after_s=60.0),
             refused(503, "busy", retryable=False, retry_after_s=1.0),
-            PeerUnreachableError("gone"),
+            refused(500),
+            PeerUnreachableError("banned", code="kept_away"),
         ],
     )
     async def test_otherwise_not(self, failure: LloomError, autojump_clock: MockClock) -> None:
@@ -455,6 +413,40 @@ class TestWaiting:
             await b.run()
         assert 4 <= len(b.asked) <= MAX_ATTEMPTS
 
+    @pytest.mark.parametrize(
+        "away",
+        [
+            PeerUnreachableError("restarting"),
+            PeerBusyError("restarting", code="draining"),
+            [b"x", StreamLostError("killed")],
+            refused(502, "backend_unavailable"),
+        ],
+    )
+    async def test_the_only_one_that_is_away_is_waited_for(self, away: Any, autojump_clock: MockClock) -> None:
+        b = Bench()
+        who = b.add(1, away, away, away)
+        route = await b.run()
+        assert b.answered == [who]
+        assert len(route.attempts) == 3
+        assert trio.current_time() < 5
+
+    async def test_but_not_for_ever(self, autojump_clock: MockClock) -> None:
+        b = Bench()
+        b.add(1, *[PeerUnreachableError("dead")] * 100)
+        began_at = trio.current_time()
+        with pytest.raises(LloomError):
+            await b.run()
+        assert trio.current_time() - began_at <= PATIENCE_S * 1.1
+        assert len(b.asked) < 25
+
+    async def test_of_two_only_the_one_that_is_away_is_asked_again(self, autojump_clock: MockClock) -> None:
+        b = Bench()
+        broken = b.add(1, refused(500), refused(500))
+        away = b.add(2, PeerUnreachableError("restarting"))
+        await b.run(pinned=frozenset({broken, away}))
+        assert b.answered == [away]
+        assert b.asked.count(broken) <= 1
+
     async def test_of_two_that_said_so_neither_is_asked_twice(self, autojump_clock: MockClock) -> None:
         b = Bench()
         for n in (1, 2):
@@ -469,18 +461,12 @@ class TestWaiting:
         b = Bench()
         waits = b.add(1)
         now = trio.current_time()
-        b.health.end(b.health.begin(waits, "m", now), outcome=refused_outcome(), now=now, retry_after_s=2.0)
+        b.health.end(b.health.begin(waits, "m", now), outcome=Outcome.REFUSED, now=now, retry_after_s=2.0)
         b.add(2, BUSY)
         route = await b.run()
         assert b.answered == [waits]
         assert len(b.asked) == 2
         assert len(route.attempts) == 1
-
-
-def refused_outcome() -> Any:
-    from lloom_sidecar.peers.health import Outcome
-
-    return Outcome.REFUSED
 
 
 class TestBudget:
@@ -543,9 +529,23 @@ class TestNobody:
         b.add(1, ttl_s=1.0)
         await trio.sleep(2)
         b.book.expire(trio.current_time())
+        began_at = trio.current_time()
         with pytest.raises(NoExecutorError) as caught:
             await b.run()
         assert (caught.value.http_status, caught.value.retry_after_s) == (503, 5.0)
+        assert PATIENCE_S - MAX_AWAY_PAUSE_S <= trio.current_time() - began_at <= PATIENCE_S * 1.1
+        assert b.looked_up == ["m"]
+
+    async def test_one_that_was_here_and_comes_back(self, autojump_clock: MockClock) -> None:
+        b = Bench()
+        b.add(1, ttl_s=1.0)
+        await trio.sleep(2)
+        b.book.expire(trio.current_time())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.run)
+            await trio.sleep(3)
+            back = b.add(2)
+        assert b.answered == [back]
 
     async def test_a_search_that_finds_somebody(self) -> None:
         b = Bench(is_complete=False)

@@ -52,6 +52,10 @@ class Dialogue:
         return self.health.judge(A, "m", self.now).verdict
 
     @property
+    def is_due(self) -> bool:
+        return self.health.judge(A, "m", self.now).is_due
+
+    @property
     def estimate_s(self) -> float:
         return self.health.judge(A, "m", self.now).estimate_s
 
@@ -148,6 +152,101 @@ def test_in_flight_counts_tickets_and_each_ends_once() -> None:
     d.health.end(second, Outcome.OK, d.now)
     assert d.health.judge(A, "m", d.now).in_flight == 0
     assert d.health.judge(A, "m", d.now).turn == 2
+
+
+# ---------------------------------------------------------------- strikes and probes
+def test_one_failure_is_forgiven_by_the_first_byte_of_a_probe() -> None:
+    d = Dialogue()
+    d.attempt(Outcome.OK, takes_s=0.005)
+    d.attempt(Outcome.FAILED)
+    assert (d.estimate_s, d.is_due, d.verdict) == (PENALTY_S, False, None)
+    d.now += BACKOFF_S
+    assert d.is_due
+    probe = d.begin()
+    assert (probe.is_probe, d.is_due, d.begin().is_probe) == (True, False, False)
+    d.now += 0.005
+    d.health.first_byte(probe, d.now)
+    assert d.estimate_s == pytest.approx(0.005)
+    assert not d.is_due
+    d.health.end(probe, Outcome.LOST, d.now)  # not so good after all
+    assert d.estimate_s == PENALTY_S
+    d.now += BACKOFF_S
+    assert not d.is_due
+    d.now += BACKOFF_S
+    assert d.is_due
+
+
+def test_the_pause_doubles_until_an_attempt_ends_well() -> None:
+    d = Dialogue()
+    for _ in range(2):
+        waits = []
+        for _ in range(3):
+            d.attempt(Outcome.TIMEOUT)
+            struck_at = d.now
+            while not d.is_due:
+                d.now += 0.25
+            waits.append(d.now - struck_at)
+        assert waits == [1, 2, 4]
+        d.attempt(Outcome.OK)
+
+
+def test_those_that_are_lost_together_are_one_strike() -> None:
+    d = Dialogue()
+    tickets = [d.begin() for _ in range(4)]
+    d.now += 1
+    for ticket in tickets:
+        d.health.end(ticket, Outcome.LOST, d.now)
+        d.now += 0.001
+    d.now += BACKOFF_S
+    assert d.is_due
+
+
+def test_a_good_attempt_that_began_before_the_strike_forgives_nothing() -> None:
+    d = Dialogue()
+    early = d.begin()
+    d.now += 1
+    d.attempt(Outcome.FAILED)
+    d.health.first_byte(early, d.now)
+    assert d.estimate_s >= PENALTY_S
+    late = d.begin()
+    d.health.first_byte(late, d.now)
+    assert d.estimate_s == 0.0
+
+
+def test_a_refused_one_is_due_when_its_pause_is_over() -> None:
+    d = Dialogue()
+    d.attempt(Outcome.REFUSED, retry_after_s=3)
+    d.now += 2.9
+    assert (d.is_due, d.verdict) == (False, Verdict.NOT_BEFORE)
+    d.now += 0.1
+    assert (d.is_due, d.verdict) == (True, None)
+
+
+def test_a_probe_that_began_before_the_circuit_opened_decides_nothing() -> None:
+    d = Dialogue()
+    d.fail(1)
+    d.now += BACKOFF_S
+    probe = d.begin()
+    d.fail(FAILURES_TO_OPEN)
+    assert (probe.is_probe, d.circuit) == (False, Circuit.OPEN)
+    d.health.first_byte(probe, d.now)
+    assert d.circuit is Circuit.OPEN
+
+
+def test_one_that_was_outrun_counts_as_at_least_so_slow() -> None:
+    d = Dialogue()
+    d.attempt(Outcome.OK, takes_s=0.2)
+    d.attempt(Outcome.OUTRUN, takes_s=0.1)  # might have been as quick as ever
+    assert d.estimate_s == pytest.approx(0.2, abs=0.001)
+    d.attempt(Outcome.OUTRUN, takes_s=0.9)
+    assert d.estimate_s == pytest.approx(0.9)
+    assert (d.is_due, d.verdict) == (False, None)
+    begun = d.begin()
+    d.health.first_byte(begun, d.now)
+    d.now += 50
+    before = d.estimate_s
+    d.health.end(begun, Outcome.OUTRUN, d.now)
+    assert d.estimate_s == before
 
 
 # ---------------------------------------------------------------- circuit

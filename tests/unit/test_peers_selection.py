@@ -17,6 +17,7 @@ from lloom_sidecar.errors import NoExecutorError, PriceError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.peers.executors import ExecutorView, ModelIndex
 from lloom_sidecar.peers.health import HealthBook, HealthLimits, Outcome, Ticket
+from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Choice, Filtered, Policy, Rule, Wanted, choose
 from lloom_sidecar.protocol.offers import Announcement, Kind, Load, ModelOffer, Price
@@ -238,8 +239,31 @@ def test_who_refuses_fast_does_not_attract_traffic() -> None:
     net.measured(b, 0.01)
     assert set(net.spread(50)) == {b}
     net.measured(b, 0.001, Outcome.REFUSED)
-    net.now += 2  # its pause is over
     assert set(net.spread(50)) == {a}
+    net.now += 2  # its pause is over: one request finds out
+    choice = net.choose()
+    assert (choice.pick and choice.pick.peer, choice.rule) == (b, Rule.PROBE)
+    probe = net.health.begin(b, "m", net.now)
+    assert set(net.spread(50)) == {a}
+    net.health.end(probe, Outcome.REFUSED, net.now)
+    net.now += 0.9  # the pause has doubled with each refusal
+    assert set(net.spread(50)) == {a}
+
+
+@pytest.mark.parametrize("policy", [Policy.ADAPTIVE, Policy.FASTEST])
+def test_one_that_comes_back_is_used_again_after_one_probe(policy: Policy) -> None:
+    net = Network()
+    a, b = net.add(1), net.add(2)
+    net.measured(a, 0.3)
+    net.measured(b, 0.005)
+    net.health.end(net.health.begin(b, "m", net.now), Outcome.FAILED, net.now)
+    assert set(net.spread(50, policy=policy)) == {a}
+    net.now += 1.0
+    assert net.choose(policy, excluded=frozenset({peer(9)})).pick.peer == a  # type: ignore[union-attr]
+    probe = net.health.begin(net.choose(policy).pick.peer, "m", net.now)  # type: ignore[union-attr]
+    net.now += 0.006
+    net.health.end(probe, Outcome.OK, net.now)
+    assert (probe.peer, set(net.spread(50, policy=policy))) == (b, {b})
 
 
 def test_equals_share_the_work() -> None:
@@ -325,6 +349,23 @@ def test_affinity_gives_way_to_load_and_to_slowness() -> None:
     assert sum(choice.pick not in (favourite, second) for choice in choices) > 30
 
 
+@pytest.mark.parametrize("executors", [5, 200])
+def test_who_served_the_conversation_before_is_preferred_within_the_same_bounds(executors: int) -> None:
+    net = Network()
+    for number in range(1, executors + 1):
+        net.add(number, ModelOffer("m", slots=4))
+    key = b"conversation"
+    cold = net.choose(affinity_key=key).pick
+    warm = peer(3) if cold is None or cold.peer != peer(3) else peer(4)
+    assert set(net.spread(20, affinity_key=key, warm=warm)) == {warm}
+    assert set(net.spread(20, affinity_key=key, warm=peer(9999))) == {cold and cold.peer}
+    held = [net.health.begin(warm, "m", net.now) for _ in range(4)]
+    assert warm not in net.spread(20, affinity_key=key, warm=warm)
+    for ticket in held:
+        net.health.end(ticket, Outcome.CANCELLED, net.now)
+    assert set(net.spread(20, affinity_key=key, warm=warm)) == {warm}
+
+
 def test_affinity_among_many_suspects_falls_back() -> None:
     net = Network()
     for number in range(1, 101):
@@ -369,9 +410,21 @@ def test_round_robin_takes_turns() -> None:
 
 def test_race_takes_so_many_best_first() -> None:
     net = priced()
-    assert [view.peer for view in net.choose(Policy.RACE, race=2).picks] == [peer(3), peer(2)]
-    assert len(net.choose(Policy.RACE, race=0).picks) == 1
-    assert len(net.choose(Policy.RACE, race=10).picks) == 3
+    assert [view.peer for view in net.choose(Policy.RACE, race=2, hedge=Hedge.ON).picks] == [peer(3), peer(2)]
+    assert len(net.choose(Policy.RACE, race=0, hedge=Hedge.ON).picks) == 1
+    assert len(net.choose(Policy.RACE, race=10, hedge=Hedge.ON).picks) == 3
+    for hedge in (Hedge.OFF, Hedge.FREE):  # who charges for it races only when that is allowed
+        assert len(net.choose(Policy.RACE, hedge=hedge).picks) == 1
+    free = Network()
+    for number in range(1, 4):
+        free.add(number)
+    free.add(4, ModelOffer("m", price=EUR))
+    for hedge in (Hedge.OFF, Hedge.FREE):
+        assert {view.peer for view in free.choose(Policy.RACE, race=9, hedge=hedge).picks} <= {
+            peer(n) for n in range(1, 5)
+        }
+        assert len(free.choose(Policy.RACE, race=9, hedge=hedge).picks) in (1, 3)
+    assert len(free.choose(Policy.RACE, race=9, hedge=Hedge.ON).picks) == 4
 
 
 def test_the_same_seed_makes_the_same_choices() -> None:

@@ -6,10 +6,17 @@ from collections.abc import Callable
 
 import pytest
 
-from lloom_sidecar.errors import BackendRejectedError, LocalProtocolError, PeerBusyError, RemoteProtocolError
+from lloom_sidecar.errors import (
+    BackendRejectedError,
+    LocalProtocolError,
+    PeerBusyError,
+    PriceError,
+    RemoteProtocolError,
+)
 from lloom_sidecar.protocol import exchange as ex
 from lloom_sidecar.protocol.exchange import RequesterStream, ResponderStream, State
 from lloom_sidecar.protocol.framing import MAX_FRAME_BYTES, frame
+from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 from lloom_sidecar.protocol.varint import encode_varint
 
@@ -78,6 +85,24 @@ class TestDialogue:
         answer = [event for event in requester.receive(responder.data(body)) if isinstance(event, ex.DataReceived)]
         assert b"".join(event.data for event in answer) == body
         assert len(answer) == 3
+
+    def test_a_changed_price_travels(self) -> None:
+        requester, responder = asked()
+        price = Price(15, 60, "EUR")
+        error = PriceError("dearer", code="price_changed", retryable=True, details={"price": price})
+        (event,) = requester.receive(responder.error(error))
+        assert isinstance(event, ex.ErrorReceived)
+        assert event.error.details == {"price": price}
+        requester, responder = asked()
+        (event,) = requester.receive(responder.error(PeerBusyError("no", details={"price": "?"})))
+        assert isinstance(event, ex.ErrorReceived)
+        assert event.error.details == {}
+
+    @pytest.mark.parametrize("currency", ["x" * 9, "E\nR"])
+    def test_a_price_over_its_limits_breaks_the_stream(self, currency: str) -> None:
+        requester, _ = asked()
+        with pytest.raises(RemoteProtocolError):
+            requester.receive(sent(error=pb.Error(code="price_changed", price=pb.Price(currency=currency))))
 
     def test_an_error_ends_the_exchange_and_the_next_one_begins(self) -> None:
         requester, responder = asked()
