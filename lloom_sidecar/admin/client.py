@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import httpx
 
     from .doctor import Finding
+    from .explaining import Explanation, RequestInfo
     from .operations import (
         BootstrapChange,
         BootstrapInfo,
@@ -228,6 +229,15 @@ class NodeClient:
     def query_models(self, peer: str) -> QueriedModels:
         """What an executor offers now, in its own words."""
         return cast("QueriedModels", self._post("/v1/models/query", {"peer": peer}))
+
+    def requests(self) -> list[RequestInfo]:
+        """The last requests of the node's applications, newest first."""
+        return cast("list[RequestInfo]", self._get("/v1/requests")["requests"])
+
+    def explain(self, what: str, *, policy: str | None = None) -> Explanation:
+        """Why a request went where it went, or where one for a model would go now."""
+        body = {"what": what} if policy is None else {"what": what, "policy": policy}
+        return cast("Explanation", self._post("/v1/explain", body))
 
     def ask_quote(self, peer: str, model: str) -> QuoteInfo:
         """A signed price."""

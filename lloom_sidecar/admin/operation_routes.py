@@ -14,6 +14,8 @@
 | POST /v1/models/query ``{"peer"}`` | ``operations.QueriedModels`` |
 | POST /v1/models/quote ``{"peer", "model"}`` | ``operations.QuoteInfo`` |
 | POST /v1/executor/price ``{"model", "price": "15/60 EUR"}`` | ``operations.PriceChange`` |
+| GET /v1/requests | ``{"requests": [explaining.RequestInfo]}`` |
+| POST /v1/explain ``{"what": MODEL or REQUEST ID, "policy"?}`` | ``explaining.Explanation`` |
 | POST /v1/doctor | ``{"findings": [doctor.Finding]}`` |
 
 A KEY is a service key such as /lloom/executor/1.0.0, or a CID; a record's key is /pk/PEER or /ipns/NAME.
@@ -127,6 +129,13 @@ def operation_routes(node: Operations) -> list[Route]:
         except ValueError as exc:
             raise RequestError(str(exc)) from exc
 
+    async def requests(request: Request) -> Response:
+        return JSONResponse({"requests": node.requests()})
+
+    async def explain(fields: Fields) -> Any:
+        what = fields.text("what", "a model's id, or a request's")
+        return node.explain(what, fields.optional_text("policy", "such as fastest"))
+
     async def doctor(request: Request) -> Response:
         return JSONResponse({"findings": await node.examine()})
 
@@ -141,6 +150,7 @@ def operation_routes(node: Operations) -> list[Route]:
         "/v1/dht/findpeer": lambda f: node.find_peer(f.text("peer", _PEER), timeout_s=f.timeout_s()),
         "/v1/dht/get": lambda f: node.get_record(f.text("key", _RECORD_KEY), timeout_s=f.timeout_s()),
         "/v1/dht/put": put,
+        "/v1/explain": explain,
         "/v1/models/query": lambda f: node.query_models(f.text("peer", _PEER)),
         "/v1/models/quote": lambda f: node.ask_quote(f.text("peer", _PEER), f.text("model", _MODEL)),
         "/v1/executor/price": price,
@@ -150,6 +160,7 @@ def operation_routes(node: Operations) -> list[Route]:
         Route("/v1/bootstrap", bootstrap),
         Route("/v1/gossip/topics", topics),
         Route("/v1/gossip/peers", topic_peers),
+        Route("/v1/requests", requests),
         Route("/v1/doctor", doctor, methods=["POST"]),
     ]
 

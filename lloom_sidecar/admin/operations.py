@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final, Literal, Protocol, TypedDict
 
 from .doctor import Finding
+from .explaining import Explanation, RequestInfo
 from .view import PathKind, PriceInfo
 
 DEFAULT_DHT_TIMEOUT_S: Final = 60.0
@@ -238,6 +239,12 @@ class Operations(Protocol):
 
     def set_price(self, model: str, price: str) -> PriceChange:
         """Let this executor ask another price for a model, until it ends: ``PROMPT/COMPLETION CURRENCY`` or free."""
+
+    def requests(self) -> list[RequestInfo]:
+        """The last requests of applications, newest first."""
+
+    def explain(self, what: str, policy: str | None) -> Explanation:
+        """A request by its id, or what would be chosen for a model now."""
 
     async def examine(self) -> list[Finding]:
         """Every check of ``doctor`` that a running node can make itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -33,7 +34,7 @@ from lloom_sidecar.ids import PeerId, check_model_id
 from lloom_sidecar.link.exchange import Call, Exchange
 from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.peerbook import PeerBook
-from lloom_sidecar.peers.selection import Policy, Wanted
+from lloom_sidecar.peers.selection import Choice, Policy, Wanted
 from lloom_sidecar.protocol.compression import decompress
 from lloom_sidecar.protocol.exchange import MAX_BODY_BYTES
 from lloom_sidecar.protocol.offers import Price
@@ -49,6 +50,7 @@ from .openai import (
     model_object,
     read_body,
 )
+from .records import RequestRecords
 from .route import Route
 from .router import Router
 from .wishes import hedge, max_cost, max_price, pinned, policy
@@ -120,8 +122,10 @@ class OpenAiApi:
         tracing: Tracing | None = None,
     ) -> None:
         self._router = router
-        self._book = book
         self._settings = settings
+        self.records = RequestRecords()
+        """The last requests, for ``lloomctl explain``."""
+        self._book = book
         self._observer = observer
         self._started_at_s = started_at_s
         self._tracing = tracing or Tracing()
@@ -152,6 +156,12 @@ class OpenAiApi:
             raise  # the server closes the connection
         except LloomError as exc:
             await _send_error(response, exc)
+
+    def explain(self, model: str, policy: Policy | None) -> tuple[Choice, Policy, Hedge]:
+        """(what would be chosen now for a request without headers of its own, by which policy, with which hedging)."""
+        settings = self._settings
+        wanted = Wanted(model, max_price=settings.max_price, hedge=settings.hedge)
+        return self._router.explain(wanted, policy or settings.policy), policy or settings.policy, settings.hedge
 
     def _authorize(self, request: Request) -> None:
         keys = self._settings.api_keys
@@ -192,6 +202,7 @@ class OpenAiApi:
     async def _call(self, request: Request, response: Response, operation: int) -> None:
         route = Route(trio.current_time())
         request_id = os.urandom(16)
+        started_at_ms = time.time_ns() // 1_000_000
         code = "cancelled"
         self._observer.http_started()
         try:
@@ -219,6 +230,9 @@ class OpenAiApi:
                 code,
                 input_tokens=None if usage is None else usage.prompt_tokens,
                 output_tokens=None if usage is None else usage.completion_tokens,
+            )
+            self.records.add(
+                route, request_id=request_id.hex(), started_at_ms=started_at_ms, seconds=seconds, code=code
             )
             self._observer.http_ended(
                 request_id.hex(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lloom_sidecar.errors import LloomError
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.link.exchange import Exchange
-from lloom_sidecar.peers.selection import Choice
+from lloom_sidecar.peers.selection import Choice, Policy
 from lloom_sidecar.tracing import NO_SPAN, Span
 
 from .openai import Attempt
@@ -38,6 +38,8 @@ class Route:
     """When the first frame of that answer was there."""
     span: Span = NO_SPAN
     on_commit: Callable[[Exchange], None] = lambda exchange: None
+    policy: Policy | None = None
+    """How an executor was chosen; None when it never came to that."""
     choices: list[Choice] = field(default_factory=list)
     """Every choice that was made for it, in order."""
     raced: int = 0

@@ -104,6 +104,7 @@ class Router:
             RefusedError: the request itself was refused (400, 413, 422), or everybody refused it.
             LloomError: what the last executor failed with, when all failed.
         """
+        route.policy = policy
         conversation = conversation_of(call)
         wanted = self._conversations.prefer(conversation, wanted)
         self._hedges.note_request()

@@ -42,6 +42,7 @@ from .bootstrap_file import add_line, remove_lines
 from .daemon import is_stock, max_streams
 from .dht_keys import EMPTY_TABLE, own_record, place_key, provider_key, record_key, record_key_text
 from .doctor import Doctor
+from .explaining import Explainer
 from .receipts import now_ms
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class NodeOperations:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._doctor = Doctor(node)
+        explainer = Explainer(node)
+        self.requests = explainer.requests
+        self.explain = explainer.explain
 
     # ------------------------------------------------------------ peers
     async def ping(self, peer: str) -> PingInfo:

@@ -14,6 +14,14 @@ import trio
 from lloom_sidecar.admin.api import admin_app
 from lloom_sidecar.admin.doctor import Finding, finding
 from lloom_sidecar.admin.events import EventBus, ExecutorDiscovered
+from lloom_sidecar.admin.explaining import (
+    AttemptInfo,
+    CandidateInfo,
+    ChoiceInfo,
+    Explanation,
+    ModelExplanation,
+    RequestInfo,
+)
 from lloom_sidecar.admin.health import HealthConditions
 from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.admin.operations import (
@@ -194,6 +202,70 @@ class FakeOperations:
             valid_s=600.0,
             envelope="cd",
         )
+
+    def requests(self) -> list[RequestInfo]:
+        return [{**self.request(), "choices": []}]
+
+    def request(self) -> RequestInfo:
+        return RequestInfo(
+            id="4f" * 16,
+            model="m1",
+            code="ok",
+            executor=OTHER,
+            policy="adaptive",
+            started_at_ms=1_700_000_000_000,
+            ms=1234.5,
+            first_ms=80.25,
+            asked=2,
+            raced=0,
+            hedged=True,
+            attempts=[AttemptInfo(executor=PEER, stage="first_byte", reason="hedged", ms=70.0, message="")],
+            choices=[self.choice()],
+        )
+
+    def choice(self) -> ChoiceInfo:
+        candidate = CandidateInfo(
+            peer=OTHER,
+            filtered=None,
+            state="fresh",
+            path="direct",
+            estimate_ms=80.0,
+            in_flight=1,
+            slots=4,
+            score_ms=40.0,
+            due=False,
+            wait_s=0.0,
+            context_length=2048,
+            price={"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
+        )
+        return ChoiceInfo(
+            rule="two_choices",
+            picks=[OTHER],
+            candidates=[
+                candidate,
+                {**candidate, "peer": PEER, "due": True},
+                {**candidate, "peer": OTHER[:-1] + "x", "filtered": "circuit_open", "wait_s": 4.25},
+                {**candidate, "peer": OTHER[:-1] + "y", "filtered": "price", "estimate_ms": 0.0, "score_ms": 0.0},
+            ],
+            complete=False,
+        )
+
+    def explain(self, what: str, policy: str | None) -> Explanation:
+        self.asked.append(("explain", what, policy))
+        if what == "4f" * 16:
+            return Explanation(request=self.request(), model=None)
+        if policy == "best":
+            raise ValueError("'best' is no policy; there are adaptive")
+        found = ModelExplanation(
+            model=what,
+            policy=policy or "adaptive",
+            choice=self.choice(),
+            error="nobody" if what == "m2" else None,
+            p95_first_ms=None if what == "m2" else 120.0,
+            budget_ms=500.0,
+            hedge="off",
+        )
+        return Explanation(request=None, model=found)
 
     def set_price(self, model: str, price: str) -> PriceChange:
         self.asked.append(("price", model, price))

@@ -48,6 +48,9 @@ def test_every_operation_reaches_the_node(client: NodeClient, fake: FakeOperatio
     assert client.topic_peers("a/b&c")["topic"] == "a/b&c"
     assert client.query_models(OTHER)["load"]["in_flight"] == 1
     assert client.ask_quote(OTHER, "m")["valid_s"] == 600
+    assert client.requests() == fake.requests()
+    assert client.explain("4f" * 16)["request"] == fake.request()
+    assert client.explain("m", policy="fastest")["model"]["policy"] == "fastest"  # type: ignore[index]
     assert client.set_price("m1", "15/60 EUR")["price"]["prompt_per_million"] == 15
     assert client.p2pd_effective() == fake.p2pd_effective()
     assert client.examine() == fake.findings
@@ -68,6 +71,8 @@ def test_every_operation_reaches_the_node(client: NodeClient, fake: FakeOperatio
         ("topic_peers", "a/b&c"),
         ("query", OTHER),
         ("quote", OTHER, "m"),
+        ("explain", "4f" * 16, None),
+        ("explain", "m", "fastest"),
         ("price", "m1", "15/60 EUR"),
         ("examine",),
     ]

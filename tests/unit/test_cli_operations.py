@@ -313,3 +313,53 @@ def test_an_older_node_is_explained(node: Served, monkeypatch: pytest.MonkeyPatc
     done = run(node.home, "gossip", "topics")
     assert done.exit_code == 1
     assert "GET /v1/nothing: not found" in done.stderr
+
+
+# --- requests and routing
+
+
+def test_request_list_and_show(node: Served, fake: FakeOperations) -> None:
+    done = run(node.home, "request", "list")
+    head, row = done.stdout.splitlines()
+    assert head.split() == ["REQUEST", "STARTED", "MODEL", "CODE", "TOOK", "FIRST", "ASKED", "EXECUTOR"]
+    assert row.split() == ["4f" * 16, "2023-11-14", "22:13:20", "UTC", "m1", "ok", "1234ms", "80ms", "2", OTHER]
+    assert json.loads(run(node.home, "request", "list", "--json").stdout) == {"requests": fake.requests()}
+    done = run(node.home, "request", "show", "4F" * 16)
+    facts, _, table = done.stdout.partition("\n\n")
+    assert "policy       adaptive, hedged" in facts
+    assert table.splitlines()[1].split() == [PEER, "first_byte", "hedged", "70.0ms", "-"]
+    assert json.loads(run(node.home, "request", "show", "4f" * 16, "--json").stdout) == fake.requests()[0]
+    done = run(node.home, "request", "show", "00")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "`lloomctl request list`" in done.stderr
+    fake.requests = list  # type: ignore[method-assign]
+    done = run(node.home, "request", "list")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "no request has ended" in done.stderr
+
+
+def test_explain_a_request(node: Served, fake: FakeOperations) -> None:
+    done = run(node.home, "explain", "4f" * 16)
+    assert done.exit_code == 0
+    assert "choice 1: by two_choices, 4 candidates, not all looked at" in done.stdout
+    rows = [line.split() for line in done.stdout.partition("choice 1")[2].splitlines()[2:]]
+    assert [row[1] for row in rows] == ["picked", "due", "circuit_open", "price"]
+    assert rows[0] == [OTHER, "picked", "40.0ms", "80.0ms", "1/4", "-", "fresh", "direct", "2048", "10/30", "EUR"]
+    assert rows[2][5] == "4.2s"
+    assert rows[3][2:4] == ["-", "-"]
+    assert json.loads(run(node.home, "explain", "4f" * 16, "--json").stdout)["request"] == fake.request()
+
+
+def test_explain_a_model(node: Served, fake: FakeOperations) -> None:
+    done = run(node.home, "explain", "m1", "--policy", "fastest")
+    assert done.stdout.splitlines()[:5] == [
+        "model         m1",
+        "policy        fastest",
+        "first tokens  95 % within 120.0ms",
+        "first byte    awaited for 500ms while there are others",
+        "hedge         off",
+    ]
+    assert "now: by two_choices" in done.stdout
+    assert "error         nobody" in run(node.home, "explain", "m2").stdout
+    done = run(node.home, "explain", "m1", "--policy", "best")
+    assert (done.exit_code, done.stderr) == (1, "error: 'best' is no policy; there are adaptive\n")
