@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
@@ -16,7 +13,7 @@ import pytest
 from lloom_sidecar.errors import NoExecutorError, PriceError
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.peers.executors import ExecutorView, ModelIndex
-from lloom_sidecar.peers.health import HealthBook, HealthLimits, Outcome, Ticket
+from lloom_sidecar.peers.health import HealthBook, Outcome
 from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.peerbook import PeerBook
 from lloom_sidecar.peers.selection import Choice, Filtered, Policy, Rule, Wanted, choose
@@ -455,91 +452,6 @@ def test_the_index_keeps_views_with_the_same_point_apart() -> None:
     assert set(index.near(6, 2)) == set(views[1:])
     assert len(index.near(0, 99)) == 2
     assert len(ModelIndex().near(0, 3)) == 0
-
-
-# ---------------------------------------------------------------- replay
-SLOW, REFUSES, WEDGES = 9, 10, 11
-TARGET_S = 1.0
-
-
-@dataclass
-class Replay:
-    """Requests against 11 executors on a virtual clock: eight good, one slow, one refuses at once, one never answers.
-
-    A stand-in for the router: one attempt after the other, first-byte budget, nobody twice.
-    """
-
-    seed: int
-    requests: int = 5_000
-    rate_per_s: float = 40.0
-
-    def run(self) -> tuple[Counter[bool], Counter[int]]:
-        """(how many succeeded within 1 s, attempts by executor)."""
-        net = Network(seed=self.seed, health=HealthBook(HealthLimits()))
-        number_of = {net.add(number, ModelOffer("m", slots=4), ttl_s=900): number for number in range(1, 12)}
-        rng = Random(self.seed + 1)
-        attempts: Counter[int] = Counter()
-        results: Counter[bool] = Counter()
-        tie = itertools.count()
-        events: list[tuple[float, int, Iterator[float]]] = []
-
-        def request(arrived_at: float) -> Iterator[float]:
-            excluded: frozenset[PeerId] = frozenset()
-            while net.now - arrived_at < TARGET_S:
-                pick = net.choose(excluded=excluded).pick
-                if pick is None:
-                    break
-                number = number_of[pick.peer]
-                attempts[number] += 1
-                excluded |= {pick.peer}
-                budget_s = net.health.first_byte_budget_s("m", attempt=len(excluded))
-                ticket: Ticket = net.health.begin(pick.peer, "m", net.now)
-                takes_s = {SLOW: 2.5, REFUSES: 0.002, WEDGES: float("inf")}.get(number, rng.lognormvariate(-2.5, 0.4))
-                if takes_s > budget_s:
-                    yield budget_s
-                    net.health.end(ticket, Outcome.TIMEOUT, net.now)
-                    continue
-                yield takes_s
-                if number == REFUSES:
-                    net.health.end(ticket, Outcome.REFUSED, net.now)
-                    continue
-                net.health.first_byte(ticket, net.now)
-                results[net.now - arrived_at <= TARGET_S] += 1
-                yield 0.2  # the rest of the answer
-                net.health.end(ticket, Outcome.OK, net.now)
-                return
-            results[False] += 1
-
-        at = net.now
-        for _ in range(self.requests):
-            at += rng.expovariate(self.rate_per_s)
-            heapq.heappush(events, (at, next(tie), request(at)))
-        beat_at = net.now
-        while events:
-            net.now, _, process = heapq.heappop(events)
-            if net.now >= beat_at:
-                beat_at = net.now + 100
-                for executor in net.book._executors.values():
-                    executor.run_lease(net.now, 900)  # heartbeats arrive
-            for wait_s in process:
-                heapq.heappush(events, (net.now + wait_s, next(tie), process))
-                break
-        return results, attempts
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_adaptive_keeps_999_of_1000_within_a_second_beside_bad_executors(seed: int) -> None:
-    results, attempts = Replay(seed).run()
-    assert results[True] + results[False] == 5_000
-    assert results[True] / 5_000 >= 0.999
-    bad = sum(attempts[number] for number in (SLOW, REFUSES, WEDGES))
-    assert bad / attempts.total() < 0.05
-    good = [attempts[number] for number in range(1, 9)]
-    assert min(good) > 0.5 * max(good)
-
-
-def test_the_replay_is_deterministic() -> None:
-    assert Replay(5, requests=500).run() == Replay(5, requests=500).run()
 
 
 def test_a_choice_among_many_costs_no_scan() -> None:
