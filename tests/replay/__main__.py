@@ -9,9 +9,8 @@ SEEDS = (1, 2, 3)
 
 def main() -> None:
     """Three seeds of 5,000 requests each."""
-    print(
-        "| chosen by | first byte within 1 s | p99 | slowest | attempts at the slow, refusing, wedged one | back in use after |"
-    )
+    titles = "chosen by", "within 1 s", "p99", "slowest", "attempts at the slow, refusing, wedged one", "in use again"
+    print(f"| {' | '.join(titles)} |")
     print("|---|---|---|---|---|---|")
     for name, way in WAYS.items():
         results = [Replay(way, seed=seed).run() for seed in SEEDS]
