@@ -11,7 +11,7 @@
 | POST /v1/peers/connect ``{"addr": MULTIADDR}`` | ``view.PeerInfo`` |
 | POST /v1/drain | 202 and ``{"draining": true}`` |
 
-What asks other nodes or changes something is in ``operation_routes.py``.
+What asks other nodes or changes something is in ``operation_routes.py``, the ledger in ``books.py``.
 
 Errors: ``{"error": {"code", "message"}}`` with the error's HTTP status.
 """
@@ -31,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from lloom_sidecar.errors import LloomError, RequestError
 
+from .books import book_routes
 from .events import EventReader, EventsDropped, Stamped
 from .metrics import CONTENT_TYPE
 from .operation_routes import MAX_BODY_BYTES, operation_routes, read_object
@@ -105,6 +106,7 @@ def admin_app(view: NodeView) -> Starlette:
             Route("/v1/events", events),
             Route("/v1/drain", drain, methods=["POST"]),
             *operation_routes(view.operations),
+            *book_routes(view.books),
         ],
         exception_handlers={LloomError: _answer_error, HTTPException: _answer_http_error},
     )

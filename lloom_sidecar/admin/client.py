@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from lloom_sidecar.errors import LloomError
 
 if TYPE_CHECKING:
     import httpx
 
+    from .books import ExchangeInfo, UsageInfo
     from .doctor import Finding
     from .explaining import Explanation, RequestInfo
     from .operations import (
@@ -46,6 +47,10 @@ DHT_MARGIN_S: Final = 5.0
 """How much longer than the DHT the node itself may take."""
 EVENTS_TIMEOUT_S: Final = 45.0
 """Three of the API's keep-alive lines."""
+
+
+def _query(fields: dict[str, str | int | None]) -> str:
+    return urlencode({name: value for name, value in fields.items() if value is not None})
 
 
 class NodeUnreachableError(LloomError):
@@ -141,6 +146,35 @@ class NodeClient:
     def receipt(self, request_id: str) -> ReceiptInfo:
         """The verified receipt of one of its recent requests."""
         return cast("ReceiptInfo", self._get(f"/v1/receipts/{quote(request_id, safe='')}"))
+
+    def exchanges(
+        self,
+        *,
+        role: str | None = None,
+        peer: str | None = None,
+        model: str | None = None,
+        request: str | None = None,
+        owed: bool | None = None,
+        doubtful: bool = False,
+        before: int | None = None,
+        limit: int = 100,
+    ) -> list[ExchangeInfo]:
+        """What its ledger has of exchanges, the newest first."""
+        query = {"role": role, "peer": peer, "model": model, "request": request, "before": before, "limit": limit}
+        query |= {"owed": None if owed is None else int(owed), "doubtful": int(doubtful)}
+        return cast("list[ExchangeInfo]", self._get_list(f"/v1/receipts?{_query(query)}", "receipts"))
+
+    def export_receipts(self, request: str, *, role: str | None = None, with_salt: bool = False) -> list[Any]:
+        """The signed receipts of one request, objects of PROTOCOL.md's exported form."""
+        query = _query({"role": role, "salt": int(with_salt)})
+        return self._get_list(f"/v1/receipts/{quote(request, safe='')}/export?{query}", "receipts")
+
+    def usage(
+        self, by: str, *, role: str | None = None, since_ms: int | None = None, until_ms: int | None = None
+    ) -> list[UsageInfo]:
+        """Sums over its ledger by model, peer or day."""
+        query = _query({"by": by, "role": role, "since_ms": since_ms, "until_ms": until_ms})
+        return cast("list[UsageInfo]", self._get_list(f"/v1/usage?{query}", "usage"))
 
     def metrics(self) -> str:
         """Its metrics as Prometheus text."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 from .events import EventBus
 
 if TYPE_CHECKING:
+    from .books import Books
     from .operations import Operations
 
 PathKind = Literal["direct", "relayed", "none"]
@@ -339,6 +340,10 @@ class NodeView(ProbeView, Protocol):
     @property
     def operations(self) -> Operations:
         """What an operator can do with it."""
+
+    @property
+    def books(self) -> Books:
+        """Its ledger."""
 
     def status(self) -> Status:
         """The node at a glance."""

@@ -37,6 +37,8 @@ class Wanted:
     peer: PeerId | None = None
     model: str | None = None
     is_owed: bool | None = None
+    is_doubtful: bool = False
+    """Only those with doubts."""
     before_id: int | None = None
     """Older than this one."""
 
@@ -160,6 +162,8 @@ def find(connection: sqlite3.Connection, wanted: Wanted, limit: int) -> list[Kep
     }
     # Only what is wanted, so that SQLite can use its indices.
     conditions = [f"{name} = :{name}" for name, value in given.items() if value is not None]
+    if wanted.is_doubtful:
+        conditions.append("doubts <> ''")
     if wanted.before_id is not None:
         conditions.append("id < :before_id")
     where = f"WHERE {' AND '.join(conditions)} " if conditions else ""

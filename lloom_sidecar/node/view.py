@@ -29,6 +29,7 @@ from lloom_sidecar.p2p.launch import FEATURE_STDIN_EOF
 from lloom_sidecar.peers.executors import ExecutorView, LeaseState
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
+from .books import NodeBooks
 from .daemon import find_p2pd
 from .operations import NodeOperations, price_info
 
@@ -56,6 +57,7 @@ class View:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.operations = NodeOperations(node)
+        self.books = NodeBooks(node.books.ledger)
 
     @property
     def events(self) -> EventBus:

@@ -79,12 +79,6 @@ class Verdict:
         return all(check.holds is not False for check in self.checks)
 
 
-def format_receipts(receipts: list[ExportedReceipt]) -> str:
-    """The file: one object, or an array of several."""
-    documents = [one.as_dict() for one in receipts]
-    return json.dumps(documents[0] if len(documents) == 1 else documents, indent=2) + "\n"
-
-
 def parse_receipts(data: bytes) -> list[ExportedReceipt]:
     """The receipts in a file; nothing is verified yet. Raises ValueError with a phrase."""
     if len(data) > MAX_FILE_BYTES:

@@ -22,7 +22,6 @@ from lloom_sidecar.protocol.receipt_file import (
     MAX_FILE_BYTES,
     ExportedReceipt,
     Verdict,
-    format_receipts,
     parse_receipts,
     verify_receipt,
 )
@@ -30,6 +29,11 @@ from lloom_sidecar.protocol.receipt_file import (
 STRANGER = Signer(bytes([7]) * 32)
 RECEIPT = ExportedReceipt(request=golden.REQUEST, receipt=golden.RECEIPT, ack=golden.ACK, salt=golden.SALT)
 CHECKPOINT = ExportedReceipt(request=golden.REQUEST, checkpoint=golden.CHECKPOINT, salt=golden.SALT)
+
+
+def file_of(*receipts: ExportedReceipt) -> str:
+    documents = [one.as_dict() for one in receipts]
+    return json.dumps(documents[0] if len(documents) == 1 else documents)
 
 
 def faults(verdict: Verdict) -> list[str]:
@@ -181,9 +185,9 @@ def test_what_cannot_be_looked_at_is_no_fault() -> None:
 
 # ---------------------------------------------------------------- the file
 def test_a_file_holds_one_or_several() -> None:
-    assert parse_receipts(format_receipts([RECEIPT]).encode()) == [RECEIPT]
-    assert parse_receipts(format_receipts([RECEIPT, CHECKPOINT]).encode()) == [RECEIPT, CHECKPOINT]
-    assert set(json.loads(format_receipts([CHECKPOINT]))) == {"format", "request", "checkpoint", "salt"}
+    assert parse_receipts(file_of(RECEIPT).encode()) == [RECEIPT]
+    assert parse_receipts(file_of(RECEIPT, CHECKPOINT).encode()) == [RECEIPT, CHECKPOINT]
+    assert set(json.loads(file_of(CHECKPOINT))) == {"format", "request", "checkpoint", "salt"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_the_second_implementation_runs_by_itself(tmp_path: Path) -> None:
     program = Path(__file__).with_name("offline_verifier.py")
     forged = _replaced(RECEIPT, ack=seal_ack(golden.RECEIPT, STRANGER))
     for receipts, words, code in (([RECEIPT, CHECKPOINT], "holds\nholds\n", 0), ([RECEIPT, forged], "holds\nack\n", 1)):
-        path.write_text(format_receipts(receipts))
+        path.write_text(file_of(*receipts))
         done = subprocess.run(
             [sys.executable, "-I", str(program), str(path)], capture_output=True, text=True, check=False
         )

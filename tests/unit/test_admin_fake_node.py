@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from lloom_sidecar.admin.api import admin_app
+from lloom_sidecar.admin.books import ExchangeFilter, ExchangeInfo, Role, UsageBy, UsageInfo
 from lloom_sidecar.admin.doctor import Finding, finding
 from lloom_sidecar.admin.events import EventBus, ExecutorDiscovered
 from lloom_sidecar.admin.explaining import (
@@ -295,6 +296,7 @@ class FakeNode:
         self.health = HealthConditions()
         self.metrics = Metrics(version="0.0.test", health=self.health, with_process=False)
         self.operations = FakeOperations()
+        self.books = FakeBooks()
         self.checks = [Check(name="api", ok=True, text=""), Check(name="p2pd", ok=True, text="")]
         self.roles = ["client"]
         self.addrs = [ADDR]
@@ -458,6 +460,71 @@ class FakeNode:
 
     def render_metrics(self) -> bytes:
         return self.metrics.render()
+
+
+class FakeBooks:
+    """A ledger of one exchange for each role; ``asked`` is what was wanted."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+        self.rows = [
+            ExchangeInfo(
+                id=2 - number,
+                at="2026-11-25T01:02:03.000Z",
+                role=role,
+                peer=OTHER,
+                request_id="0a" * 16,
+                request_digest="0b" * 32,
+                model="smollm2:135m",
+                outcome=outcome,
+                owed=bool(outcome),
+                reason=reason,
+                doubts=doubts,
+                acknowledged=role == "client",
+                prompt_tokens=3 if outcome else 0,
+                completion_tokens=5 if outcome else 0,
+                cost=7 if outcome else 0,
+                currency="EUR" if outcome else "",
+            )
+            for number, (role, outcome, reason, doubts) in enumerate(
+                (("client", "partial", "lost", "too many"), ("executor", "", "refused", ""))
+            )
+        ]
+
+    async def exchanges(self, wanted: ExchangeFilter, limit: int) -> list[ExchangeInfo]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append((wanted, limit))
+        if wanted.peer is not None and not wanted.peer.startswith("12D3"):
+            raise ValueError(f"{wanted.peer!r} is no peer id")
+        return [
+            one
+            for one in self.rows
+            if wanted.role in (None, one["role"]) and wanted.request_id in (None, bytes([10]) * 16)
+        ][:limit]
+
+    async def export(self, request_id: bytes, role: Role | None, *, with_salt: bool) -> list[dict[str, str]]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append((request_id, role, with_salt))
+        return [dict(one) for one in EXPORTED] if request_id == bytes([10]) * 16 else []
+
+    async def usage(self, by: UsageBy, role: Role | None, since_ms: int, until_ms: int) -> list[UsageInfo]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append((by, role, since_ms, until_ms))
+        row = UsageInfo(
+            role="client",
+            key="smollm2:135m",
+            exchanges=3,
+            owed=2,
+            prompt_tokens=4,
+            completion_tokens=5,
+            cost=6,
+            currency="EUR",
+        )
+        return [row] if role != "executor" else []
+
+
+EXPORTED: list[dict[str, str]] = []
+"""What the fake ledger has signed receipts of."""
 
 
 class Served:
