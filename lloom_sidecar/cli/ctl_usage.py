@@ -38,7 +38,8 @@ def _instant_ms(ctx: click.Context, param: click.Parameter, value: str | None) -
 def usage(target: Target, by: str, role: str | None, since_ms: int | None, until_ms: int | None, as_json: bool) -> None:
     """Sum up what is owed and earned, by model, peer or day (UTC).
 
-    As client a node owes, as executor it earns. Tokens and cost are those of what is owed, as the executors signed them; cost is in minor units.
+    As client a node owes, as executor it earns. Tokens and cost are those of what is owed, as the executors signed
+    them; cost is in minor units.
     """
     with target.client() as client:
         rows = client.usage(by, role=role, since_ms=since_ms, until_ms=until_ms)
