@@ -249,10 +249,4 @@ class Bootstrap:
 def take_catalogue(intake: Intake, catalogue: Catalogue, source: PeerId) -> None:
     """Apply every entry. Each carries its executor's own signature: a catalogue can add, never invent or remove."""
     for entry in catalogue.entries:
-        age_s = entry.age_ms / 1000
-        # The age is that of the newer of the two; the full announcement itself may be older than clocks are compared.
-        intake.take(
-            entry.announcement, found_by="catalogue", source=source, age_s=age_s, checks_clock=not entry.heartbeat
-        )
-        if entry.heartbeat:
-            intake.take(entry.heartbeat, found_by="catalogue", source=source, age_s=age_s)
+        intake.take_entry(entry.announcement, entry.heartbeat, source=source, age_s=entry.age_ms / 1000)

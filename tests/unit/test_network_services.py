@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -238,10 +239,37 @@ class TestIntake:
             assert side.dropped == [reason]
             assert len(side.book) == 0
 
-    async def test_the_clock_of_an_old_full_one_is_not_compared_when_a_heartbeat_speaks_for_it(self) -> None:
+    LONG_AGO_MS = NOW_MS - 16 * 60_000
+
+    def beat(self, full: bytes, *, signer: Signer = SIGNER, issued_at_ms: int = NOW_MS) -> bytes:
+        digest = hashlib.sha256(full).digest()
+        return announcement(signer, 2, kind=Kind.HEARTBEAT, full_digest=digest, issued_at_ms=issued_at_ms)
+
+    def old_entry(self, side: Sidecar, make_beat: Callable[[bytes], bytes]) -> list[str]:
+        """A catalogue's entry with a full announcement of long ago; returns the reasons for which something fell."""
+        old = announcement(self.SIGNER, issued_at_ms=self.LONG_AGO_MS)
+        side.intake.take_entry(old, make_beat(old), source=PeerId.from_ed25519(b"v" * 32), age_s=1.0)
+        return side.dropped
+
+    async def test_a_heartbeat_speaks_for_a_full_one_that_is_older_than_clocks_are_compared(self) -> None:
         async with self.one() as side:
-            old = announcement(self.SIGNER, issued_at_ms=NOW_MS - 16 * 60_000)
-            assert side.intake.take(old, found_by="catalogue", source=None, checks_clock=False) is Change.NEW
+            assert self.old_entry(side, self.beat) == []
+            assert len(side.book) == 1
+
+    async def test_the_newer_of_a_catalogues_two_needs_a_right_clock(self) -> None:
+        async with self.one() as side:
+            dropped = self.old_entry(side, lambda old: self.beat(old, issued_at_ms=self.LONG_AGO_MS))
+            assert dropped == ["clock", "clock"]
+            assert len(side.book) == 0
+
+    async def test_a_heartbeat_for_something_else_speaks_for_nothing(self) -> None:
+        async with self.one() as side:
+            dropped = self.old_entry(side, lambda old: self.beat(b"another"))
+            dropped = self.old_entry(side, lambda old: self.beat(old, signer=Signer(b"z" * 32)))
+            dropped = self.old_entry(side, lambda old: b"garbage")
+            dropped = self.old_entry(side, lambda old: b"")
+            assert dropped == ["clock", "clock", "envelope", "clock", "clock"]
+            assert len(side.book) == 0
 
 
 class TestGossip:
