@@ -74,6 +74,10 @@ test-kubernetes: .venv/.installed-dev ## The chart on a real one-node cluster (r
 	@bash tests/system/engine/install.sh && bash tests/kubernetes/kubernetes_cluster/install.sh
 	$(call timed,$(BIN)/python -m pytest tests/kubernetes -s $(ARGS))
 
+.PHONY: scale
+scale: .venv/.installed-dev ## Measure a network of 40 real nodes (minutes, every core); ARGS="--executors 20 --clients 18 --json FILE"
+	$(call timed,$(BIN)/python -m tests.scale $(ARGS))
+
 PYTHON_SOURCES := $(wildcard lloom_sidecar tests tools hatch_build.py)
 GO_FOLDERS := $(wildcard daemon/cmd daemon/internal)
 
