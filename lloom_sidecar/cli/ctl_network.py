@@ -1,4 +1,4 @@
-"""``lloomctl network``: networks are files, so these commands need no node.
+"""``lloomctl network``: networks are files, so these commands need no node, but for ``status``.
 
 ``cli/network_files.py`` does the work; here are words.
 """
@@ -14,18 +14,34 @@ import click
 
 from lloom_sidecar.cli import output
 from lloom_sidecar.cli.ctl_context import NounGroup, Target, example, json_option, pass_target
+from lloom_sidecar.cli.output import Column
 from lloom_sidecar.errors import LloomError
 
 if TYPE_CHECKING:
     from lloom_sidecar.ids import Multiaddr
     from lloom_sidecar.protocol.network_key import NetworkKey
 
+VALIDATOR_COLUMNS = (
+    Column("VALIDATOR", is_id=True),
+    Column("SAID"),
+    Column("EXECUTORS", is_number=True),
+    Column("MEMBERS", is_number=True),
+    Column("BUSY", is_number=True),
+    Column("QUEUED", is_number=True, is_minor=True),
+    Column("SOFTWARE", is_minor=True),
+)
+MODEL_COLUMNS = (
+    Column("MODEL"),
+    Column("EXECUTORS", is_number=True),
+    Column("SLOTS", is_number=True),
+    Column("MEDIAN PRICE"),
+)
 _RESTART = "a node that runs in this home takes it at its next start"
 
 
 @click.group("network", cls=NounGroup)
 def network() -> None:
-    """Create a network, invite to it, join one, change its key.
+    """Create a network, invite to it, join one, change its key, see how it is.
 
     A network is a key: whoever holds it, or an invite, is a member.
     """
@@ -155,6 +171,50 @@ def join(target: Target, file: str, replace: bool, as_json: bool) -> None:
         output.say(f"validator: {one}")
     words = "joined the network" if joined.is_new else "this home was a member already"
     output.say(f"{words}; {_RESTART}")
+
+
+@network.command("status", epilog=example("lloomctl network status"))
+@json_option
+@pass_target
+def status(target: Target, as_json: bool) -> None:
+    """Show what the validators say of the network.
+
+    Each configured validator signs what it sees and tells it each half minute, or sooner. BUSY is requests under way of
+    slots; MEDIAN PRICE is per million prompt and completion tokens. The models are those of the validator that sees
+    most executors.
+    """
+    from lloom_sidecar.cli.ctl_model import price
+
+    with target.client() as client:
+        said = client.status()["network_status"]
+    if as_json:
+        output.print_json({"network_status": said})
+        return
+    rows = [
+        (
+            one["peer"],
+            f"{output.duration(one['age_s'])} ago" + ("" if one["current"] else ", out of date"),
+            one["executors"],
+            one["members"],
+            f"{one['in_flight']}/{one['slots']}",
+            one["queued"],
+            ", ".join(f"{found['nodes']} x {found['software']}" for found in one["software"]),
+        )
+        for one in said
+    ]
+    empty = "no validator has said anything yet: `lloomctl bootstrap list` shows whether one is joined"
+    output.print_table(VALIDATOR_COLUMNS, rows, empty=empty)
+    if not said:
+        return
+    widest = max(said, key=lambda one: (one["current"], one["executors"]))
+    click.echo()
+    output.print_table(
+        MODEL_COLUMNS,
+        [(one["id"], one["executors"], one["slots"], price(one["median_price"])) for one in widest["models"]],
+        empty="it sees no model",
+    )
+    if widest["models_total"] > len(widest["models"]):
+        output.say(f"and {widest['models_total'] - len(widest['models'])} more models")
 
 
 @network.command("rotate", epilog=example("lloomctl network rotate --keep-old 24h"))

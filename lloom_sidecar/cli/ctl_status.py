@@ -11,7 +11,7 @@ from lloom_sidecar.cli.ctl_context import Target, example, json_option, pass_tar
 from lloom_sidecar.cli.output import count, printable
 
 if TYPE_CHECKING:
-    from lloom_sidecar.admin.view import ConditionInfo, Status
+    from lloom_sidecar.admin.view import ConditionInfo, NetworkStatusInfo, Status
 
 
 @click.command("status", epilog=example("lloomctl status", "lloomctl status --json | jq .conditions"))
@@ -48,9 +48,18 @@ def _facts(found: Status) -> list[tuple[str, object]]:
         ("addresses", found["addrs"]),
         ("peers", f"{found['connections']} connected, {count(found['members'], 'member')}"),
         ("validators", f"{connected} of {len(validators)} connected"),
+        *(("network says", [_said(one) for one in told]) for told in [found["network_status"]] if told),
         ("offers", f"{count(found['models'], 'model')} at {count(found['executors'], 'executor')}"),
         ("requests", counts.format_map(requests)),
     ]
+
+
+def _said(one: NetworkStatusInfo) -> str:
+    stale = "" if one["current"] else ", out of date"
+    who = f"{output.short_id(one['peer'])} {output.duration(one['age_s'])} ago{stale}"
+    seen = ((one["executors"], "executor"), (one["members"], "member"), (one["models_total"], "model"))
+    busy = f"{one['in_flight']} of {one['slots']} slots busy"
+    return f"{who}: {', '.join(count(number, what) for number, what in seen)}, {busy}"
 
 
 def _network(found: Status) -> str:

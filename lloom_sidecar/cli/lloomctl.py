@@ -31,7 +31,9 @@ COMMANDS: Final = {
     "gossip": _Lazy("ctl_gossip", "gossip", "Look at the gossip topics of the node."),
     "events": _Lazy("ctl_events", "events", "Print what happened lately, or what happens now."),
     "config": _Lazy("ctl_config", "config", "Show the settings of the node, or check a file of them."),
-    "network": _Lazy("ctl_network", "network", "Create a network, invite to it, join one, change its key."),
+    "network": _Lazy(
+        "ctl_network", "network", "Create a network, invite to it, join one, change its key, see how it is."
+    ),
     "receipt": _Lazy("ctl_receipt", "receipt", "List what the ledger keeps, export receipts, verify them."),
     "usage": _Lazy("ctl_usage", "usage", "Sum up what is owed and earned, by model, peer or day (UTC)."),
     "id": _Lazy("ctl_id", "show_id", "Print the node's peer id."),

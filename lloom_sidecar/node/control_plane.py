@@ -52,6 +52,9 @@ MAX_PAGE_ENTRIES: Final = 1_000
 MAX_SOFTWARE_KNOWN: Final = 10_000
 SOFTWARE: Final = agent_version(__version__)
 
+OWN_CAUSES: Final = frozenset({"operator", "p2pd_down"})
+"""Ends of connections that say nothing of the peer: this node closed them, or its own p2pd ended."""
+
 log = structlog.get_logger("lloom.control_plane")
 
 _ROLES: Final = {"client": pb.ROLE_CLIENT, "executor": pb.ROLE_EXECUTOR, "validator": pb.ROLE_VALIDATOR}
@@ -413,11 +416,12 @@ class ControlPlane:
 
     def disconnected(self, peer: PeerId) -> None:
         """A peer's last connection ended (ConnectionObserver)."""
-        self._observer.disconnected(peer)
+        cause = self._observer.disconnected(peer)
         self.greeter.forget(peer)
         self._software.pop(peer, None)
         self.book.on_disconnected(peer)
-        self.book.mark_failed(peer, trio.current_time())
+        if cause not in OWN_CAUSES:
+            self.book.mark_failed(peer, trio.current_time())
         self._on_peer_gone(peer)
 
     def polled(self, peers: int) -> None:

@@ -108,12 +108,14 @@ class Observer:
         """A peer has a connection now."""
         self._events.publish(ConnectionEstablished(str(peer), "relayed" if addr.is_relayed else "direct"))
 
-    def disconnected(self, peer: PeerId) -> None:
-        """A peer's last connection ended."""
+    def disconnected(self, peer: PeerId) -> str:
+        """A peer's last connection ended; returns the cause."""
         self.rtt_s.pop(peer, None)
         told_at, cause = self._causes.pop(peer, (float("-inf"), ""))
-        is_told = trio.current_time() - told_at <= CAUSE_S
-        self._events.publish(ConnectionClosed(str(peer), cause if is_told else "unknown"))
+        if trio.current_time() - told_at > CAUSE_S:
+            cause = "unknown"
+        self._events.publish(ConnectionClosed(str(peer), cause))
+        return cause
 
     def will_close(self, peer: PeerId, cause: str) -> None:
         """Something says why the connection to ``peer`` is about to end, should it end soon."""

@@ -75,6 +75,8 @@ def test_ping(network: Network) -> None:
         assert abs(one["clock_ahead_ms"]) < 2000
     # An executor that the client is not connected to is dialled.
     ctl(network.client, "peer", "disconnect", network.executors[0].peer)
+    # That this node closed the connection says nothing against it.
+    assert network.client.executors()[network.executors[0].peer]["state"] == "fresh"
     ctl(network.client, "peer", "ping", network.executors[0].peer, "-c", "1")
     stranger = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
     failed = invoke(network.client, "peer", "ping", stranger, "-c", "1")

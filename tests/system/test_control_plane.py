@@ -346,8 +346,9 @@ def test_the_seeds_eight_events_in_order() -> None:
         network.clients.append(client)
         network.wait_known(client)
         assert client.chat("hello").status_code == 200
-        network.executors[0].kill()
+        network.executors[0].stop()
         wait_until(lambda: events_of(client, "connection_closed"), "the end of a connection", timeout_s=30)
+        wait_until(lambda: events_of(client, "executor_lost"), "the executor's removal", timeout_s=30)
         kinds = [str(event["event"]) for event in events_of(client)]
         first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
         ordered = [
@@ -355,7 +356,8 @@ def test_the_seeds_eight_events_in_order() -> None:
             *("request_received", "response_received", "connection_closed"),
         ]
         assert sorted(ordered, key=lambda kind: first[kind]) == ordered
-        assert first["executor_discovered"] < first["request_received"]
+        assert first["executor_discovered"] < first["request_received"] < first["executor_lost"]
+        assert [event["reason"] for event in events_of(client, "executor_lost")] == ["removal"]
         assert "network_error" in first
         sequences = [int(str(event["sequence"])) for event in events_of(client)]
         assert sequences == sorted(set(sequences))

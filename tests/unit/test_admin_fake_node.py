@@ -47,6 +47,7 @@ from lloom_sidecar.admin.view import (
     ConditionInfo,
     ExecutorInfo,
     ModelInfo,
+    NetworkStatusInfo,
     NodeView,
     PeerInfo,
     ReceiptInfo,
@@ -302,6 +303,7 @@ class FakeNode:
         self.addrs = [ADDR]
         self.network_id: str | None = "ab" * 32
         self.software = "lloom/0.1.0"
+        self.said: list[NetworkStatusInfo] = []
         self.drained = 0
         self.connected: list[str] = []
 
@@ -330,7 +332,7 @@ class FakeNode:
             executors=1,
             models=1,
             validators=[{"peer": OTHER, "connected": True}],
-            network_status=[],
+            network_status=self.said,
             requests={"in_flight": 1, "served": 7, "failed": 2, "cancelled": 0, "queued": 0},
             conditions=self.conditions(),
         )

@@ -176,6 +176,69 @@ warning few_peers: 0 of 1 peers
     )
 
 
+def test_what_validators_say_of_the_network(node: Served) -> None:
+    done = run(node.home, "network", "status")
+    assert (done.exit_code, done.stdout, "`lloomctl bootstrap list`" in done.stderr) == (0, "", True)
+    free = {"prompt_per_million": 0, "completion_per_million": 0, "currency": ""}
+    models = [
+        {
+            "id": "m",
+            "executors": 20,
+            "slots": 160,
+            "median_price": {**free, "prompt_per_million": 15, "currency": "EUR"},
+        },
+        {"id": "n", "executors": 1, "slots": 8, "median_price": free},
+    ]
+    said = {
+        "peer": OTHER,
+        "age_s": 12.4,
+        "current": True,
+        "executors": 20,
+        "members": 40,
+        "models_total": 3,
+        "models": models,
+        "software": [{"software": "lloom/0.1.0", "nodes": 39}, {"software": "lloom/0.2.0", "nodes": 1}],
+        "in_flight": 7,
+        "queued": 2,
+        "slots": 160,
+    }
+    node.node.said = [said, {**said, "peer": PEER, "current": False, "executors": 21}]  # type: ignore[list-item, typeddict-item]
+    done = run(node.home, "network", "status")
+    validators, _, offered = done.stdout.partition("\n\n")
+    assert [line.split()[1:] for line in validators.splitlines()[1:]] == [
+        ["12s", "ago", "20", "40", "7/160", "2", "39", "x", "lloom/0.1.0,", "1", "x", "lloom/0.2.0"],
+        [
+            "12s",
+            "ago,",
+            "out",
+            "of",
+            "date",
+            "21",
+            "40",
+            "7/160",
+            "2",
+            "39",
+            "x",
+            "lloom/0.1.0,",
+            "1",
+            "x",
+            "lloom/0.2.0",
+        ],
+    ]
+    assert [line.split() for line in offered.splitlines()[1:]] == [
+        ["m", "20", "160", "15/0", "EUR"],
+        ["n", "1", "8", "free"],
+    ]
+    assert done.stderr == "and 1 more models\n"
+    assert json.loads(run(node.home, "network", "status", "--json").stdout) == {"network_status": node.node.said}
+    lines = run(node.home, "status").stdout.splitlines()
+    assert f"network says  …{OTHER[-8:]} 12s ago: 20 executors, 40 members, 3 models, 7 of 160 slots busy" in lines
+    assert (
+        f"              …{PEER[-8:]} 12s ago, out of date: 21 executors, 40 members, 3 models, 7 of 160 slots busy"
+        in lines
+    )
+
+
 def test_lists_are_tables_that_nothing_is_cut_from(node: Served) -> None:
     assert run(node.home, "peer", "list").stdout.splitlines() == [
         "PEER                                                  ROLES     PATH    MEMBER  LEASE  LEFT     RTT  SOFTWARE     SOURCE",  # noqa: E501

@@ -45,16 +45,17 @@ def closed(events: EventBus) -> list[str]:
 async def test_a_closed_connection_has_the_cause_that_was_told(
     observer: Observer, events: EventBus, autojump_clock: MockClock
 ) -> None:
+    told = []
     observer.hello_refused(A, "not_member")
-    observer.disconnected(A)
+    told.append(observer.disconnected(A))
     observer.attempt_failed(A, "m", PeerUnreachableError("gone"), "open")
-    observer.disconnected(A)
+    told.append(observer.disconnected(A))
     observer.attempt_failed(A, "m", LloomError("busy", code="busy"), "open")
-    observer.disconnected(A)
+    told.append(observer.disconnected(A))
     observer.will_close(A, "banned")
     await trio.sleep(CAUSE_S + 1)
-    observer.disconnected(A)
-    assert closed(events) == ["not_member", "peer_unreachable", "unknown", "unknown"]
+    told.append(observer.disconnected(A))
+    assert told == closed(events) == ["not_member", "peer_unreachable", "unknown", "unknown"]
 
 
 async def test_causes_are_bounded(observer: Observer, events: EventBus) -> None:
