@@ -95,6 +95,18 @@ lint-fix: .venv/.installed-dev ## Let ruff and gofmt repair what they can
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(GO) gofmt -w $(GO_FOLDERS)
 
+.venv/.installed-fuzz: .venv/.installed-dev tests/fuzz/requirements.lock
+	@tools/step.sh "Installing the fuzzer" $(PIP_INSTALL) --target .venv/fuzz --upgrade -r tests/fuzz/requirements.lock
+	@touch $@
+
+.PHONY: fuzz
+fuzz: .venv/.installed-fuzz ## Coverage-guided fuzzing of every parser, by hand (ARGS='sse frames --seconds 300')
+	$(call timed,PYTHONPATH=.venv/fuzz $(BIN)/python -m tests.fuzz $(ARGS))
+
+.PHONY: coverage
+coverage: .venv/.installed-dev ## Branch coverage of protocol/ and peers/, which has to be 100 %
+	$(call timed,$(BIN)/python -m pytest -q tests/unit tests/properties tests/golden --cov=lloom_sidecar.protocol --cov=lloom_sidecar.peers --cov-report=term-missing --cov-fail-under=100 $(ARGS))
+
 .PHONY: proto
 proto: .venv/.installed-dev ## Generate lloom_sidecar/protocol/pb from the .proto files
 	$(BIN)/python tools/generate_protobuf.py

@@ -1130,6 +1130,9 @@ class _Loader:
         except ValueError as exc:
             self._faults.append(f"the config file {path} is not TOML: {exc}")
             return path, {}
+        except RecursionError:  # of tomllib, on thousands of brackets
+            self._faults.append(f"the config file {path} is nested too deeply for what it can say")
+            return path, {}
         if named is None and "home" in document:
             self._faults.append(f"home in {path} has no effect, since that file was found through the home: remove it")
             del document["home"]

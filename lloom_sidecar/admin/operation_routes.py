@@ -186,7 +186,7 @@ async def read_object(request: Request) -> dict[str, Any]:
                 raise RequestError(f"the body is over {MAX_BODY_BYTES} bytes", http_status=413)
     try:
         value = json.loads(body)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise RequestError("the body is not JSON") from exc
     if not isinstance(value, dict):
         raise RequestError("the body is not a JSON object")
