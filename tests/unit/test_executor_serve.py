@@ -301,7 +301,6 @@ class TestStreamed:
             b": a comment in front of data\ndata: {}\n\n",
             b"retry: 5\n\n",
             b'data: {"usage":{"prompt_tokens":1},"choices":5}\n\n',
-            b'data: {"usage":\xff}\n\n',
             *sse(chunk("", "stop")),
         ]
         async with bench(odd) as b:
@@ -414,6 +413,17 @@ class TestBackendFails:
             await r.ask(WHOLE)
             assert (await r.error()).code == "backend_unavailable"
             assert b.backend.outcomes == ["BackendUnavailableError"]
+
+    @pytest.mark.parametrize("garbage", [b"data: {this is no json\n\n", b"data: []\n\n", b'data: {"usage":\xff}\n\n'])
+    async def test_a_garbage_chunk_cuts_a_stream_and_is_not_passed_on(self, garbage: bytes) -> None:
+        first, *rest = sse(*HELLO)
+        async with bench([first, garbage, *rest]) as b:
+            r = await b.open()
+            await r.ask()
+            events = [await r.next(), await r.next(), await r.next()]
+            assert [event.data for event in events if isinstance(event, DataReceived)] == [first]
+            assert isinstance(events[-1], ErrorReceived)
+            assert events[-1].error.code == "backend_unavailable"
 
     async def test_an_error_document_is_passed_on(self) -> None:
         async with bench() as b:
