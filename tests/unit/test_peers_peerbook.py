@@ -439,6 +439,16 @@ def test_membership_lasts_an_hour_or_until_the_last_connection_ends() -> None:
     assert not d.book.is_member(B, d.now)
 
 
+def test_a_feature_is_had_while_the_hello_that_stated_it_counts() -> None:
+    d = Dialogue()
+    assert not d.book.has_feature(A, "resume")
+    d.hello(A)
+    assert d.book.has_feature(A, "resume")
+    assert not d.book.has_feature(A, "compression")
+    d.book.on_disconnected(A)
+    assert not d.book.has_feature(A, "resume")
+
+
 def test_known_joins_what_hello_and_the_announcement_told() -> None:
     d = Dialogue()
     d.hello(A, is_member=False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from lloom_sidecar.errors import ReceiptError, RemoteProtocolError
 from lloom_sidecar.protocol import claims
 from lloom_sidecar.protocol.envelope import Signer, seal
-from lloom_sidecar.protocol.names import KIND_ACK, KIND_RECEIPT, KIND_REQUEST
+from lloom_sidecar.protocol.names import KIND_ACK, KIND_QUOTE, KIND_RECEIPT, KIND_REQUEST
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 CLIENT = Signer(bytes(range(32)))
@@ -186,6 +186,54 @@ class TestReceipt:
     def test_what_is_no_receipt_of_this_executor(self, envelope: bytes) -> None:
         with pytest.raises(ReceiptError, match="cannot be used"):
             check_receipt(envelope)
+
+
+class TestQuote:
+    FIELDS: ClassVar[dict[str, Any]] = {
+        "quote_id": b"q",
+        "client": CLIENT.peer.raw,
+        "executor": EXECUTOR.peer.raw,
+        "model": "m",
+        "price": PRICE,
+        "issued_at_ms": NOW_MS,
+        "valid_until_ms": NOW_MS + 1,
+    }
+
+    def check(self, envelope: bytes) -> pb.QuoteClaims:
+        return claims.check_quote(envelope, client=CLIENT.peer, executor=EXECUTOR.peer, model="m")
+
+    def test_one_that_was_promised_is_believed(self) -> None:
+        quote = pb.QuoteClaims(**self.FIELDS)
+        assert self.check(claims.seal_quote(quote, EXECUTOR)) == quote
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"client": STRANGER.peer.raw},
+            {"executor": STRANGER.peer.raw},
+            {"model": "n"},
+            {"quote_id": b""},
+            {"quote_id": b"q" * 129},
+            {"valid_until_ms": NOW_MS},
+        ],
+    )
+    def test_one_for_something_else_is_not(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(RemoteProtocolError) as caught:
+            self.check(claims.seal_quote(pb.QuoteClaims(**(self.FIELDS | changes)), EXECUTOR))
+        assert caught.value.code == "bad_quote"
+
+    @pytest.mark.parametrize(
+        ("envelope", "code"),
+        [
+            (seal(KIND_QUOTE, b"\xff", EXECUTOR), "bad_quote"),
+            (claims.seal_quote(pb.QuoteClaims(**FIELDS), STRANGER), "wrong_signer"),
+            (seal(KIND_RECEIPT, b"", EXECUTOR), "bad_envelope"),
+        ],
+    )
+    def test_what_is_no_quote_of_this_executor(self, envelope: bytes, code: str) -> None:
+        with pytest.raises(RemoteProtocolError) as caught:
+            self.check(envelope)
+        assert caught.value.code == code
 
 
 @pytest.mark.parametrize(
