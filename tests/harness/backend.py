@@ -16,7 +16,11 @@ from .waiting import wait_until
 class ScriptedBackend:
     """See ``scripted_backend.py`` for the script language. Ends with the test's process."""
 
-    def __init__(self, *, models: list[str] | None = None, journal: Path | None = None) -> None:
+    def __init__(
+        self, *, models: list[str] | None = None, journal: Path | None = None, prefix: tuple[str, ...] = ()
+    ) -> None:
+        """``prefix``: before its command, such as ``ip netns exec NAME``; ``url`` is then for who is there too."""
+        self._prefix = prefix
         self.journal = journal
         """Where it writes its log, for tests that kill it."""
         self._models = models
@@ -28,7 +32,7 @@ class ScriptedBackend:
         program = Path(__file__).with_name("scripted_backend.py")
         journal = [] if self.journal is None else [str(self.journal)]
         self._process = subprocess.Popen(
-            [sys.executable, str(program), str(self._port), *journal],
+            [*self._prefix, sys.executable, str(program), str(self._port), *journal],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,6 +71,10 @@ class ScriptedBackend:
     def set_models(self, models: list[str]) -> None:
         """What /v1/models lists."""
         httpx.post(f"{self.url}/_models", json=models, trust_env=False)
+
+    def set_script(self, **directives: int) -> None:
+        """Directives for every request from now on, whatever its prompt says."""
+        httpx.post(f"{self.url}/_script", json=directives, trust_env=False)
 
     def set_status(self, status: int) -> None:
         """Status of /v1/models: anything but 200 is a sick backend."""

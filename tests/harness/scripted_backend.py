@@ -16,6 +16,7 @@ The last user message is the script: ``chunks=50 delay_ms=10`` and so on; what i
 With a second argument every request is written to that file when it begins and when it ends, one JSON line each, which
 outlives a ``kill -9``.
 
+``POST /_script`` with a JSON object of directives adds them to every request's own: a backend that is bad by itself.
 ``GET /_requests`` tells what came and how each request ended, with times: ``complete``, ``gone`` (the requester left),
 ``cut``. ``POST /_models`` with a JSON list changes the models; ``POST /_status`` with a number makes /v1/models fail.
 """
@@ -33,7 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 LOG: list[dict[str, Any]] = []
-STATE: dict[str, Any] = {"models": ["scripted"], "status": 200}
+STATE: dict[str, Any] = {"models": ["scripted"], "status": 200, "script": {}}
 LOCK = threading.Lock()
 JOURNAL: list[int] = []
 """The file's descriptor, when there is one."""
@@ -92,13 +93,17 @@ class Handler(BaseHTTPRequestHandler):
             STATE["models"] = body
             self._json(200, {})
             return
+        if self.path == "/_script":
+            STATE["script"] = body
+            self._json(200, {})
+            return
         if self.path == "/_status":
             STATE["status"] = body
             self._json(200, {})
             return
         entry: dict[str, Any] = {"path": self.path, "body": body, "began_at": time.time()}
         entry |= {"ended_at": None, "outcome": None, "sent": 0, "traceparent": self.headers.get("traceparent")}
-        entry["script"] = script_of(body)
+        entry["script"] = script_of(body) | STATE["script"]
         with LOCK:
             entry["number"] = len(LOG)
             LOG.append(entry)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 from chaos import invariants
-from chaos.faults import Plan
-from chaos.figures import quiet, share, summary, untouched
+from chaos.faults import VALIDATOR, Kill, Outage, Plan
+from chaos.figures import deaths, quiet, share, summary, untouched
 from chaos.ledgers import Entry, Work
 from chaos.record import Ask, Outcome, Record, make_ask
 
@@ -106,6 +106,7 @@ def test_ledgers_that_do_not_agree() -> None:
     assert invariants.receipts([cut()], [], []) == []
     assert len(invariants.receipts([record], [], [far])) == 1
     assert len(invariants.receipts([record], [mine], [])) == 1
+    assert invariants.receipts([record], [mine], [], lambda _: True) == []
     assert len(invariants.receipts([record], [entry(is_owed=False)], [far])) == 1
     assert len(invariants.receipts([record], [mine], [entry(receipt=b"other")])) == 1
     assert len(invariants.receipts([record], [mine, entry(request_digest=b"e")], [far])) >= 1
@@ -113,11 +114,18 @@ def test_ledgers_that_do_not_agree() -> None:
 
 def test_a_plan_is_its_seed_and_breaks_one_executor_at_a_time() -> None:
     first, second = (Plan(3, 4) for _ in range(2))
-    kills = [(first.next(is_one_down=False), second.next(is_one_down=False)) for _ in range(50)]
+    kills = [(first.next(frozenset()), second.next(frozenset())) for _ in range(50)]
     assert all(one == other for one, other in kills)
-    assert {one.part for one, _ in kills} == {"sidecar", "p2pd", "backend"}
-    assert {one.executor for one, _ in kills} == {0, 1, 2, 3}
-    assert first.next(is_one_down=True).executor is None
+    assert {one.part for one, _ in kills if one} == {"sidecar", "p2pd", "backend"}
+    assert {one.executor for one, _ in kills if one} == {0, 1, 2, 3}
+    # While one is down: that one or the validator, never what is dead already.
+    for part in ("sidecar", "p2pd", "backend"):
+        active = frozenset({Kill(part, 2)})
+        more = {first.next(active) for _ in range(50)}
+        assert more == {VALIDATOR, Kill("backend", 2), Kill("p2pd", 2)} - active - (
+            {Kill("p2pd", 2)} if part == "sidecar" else set()
+        )
+    assert first.next(frozenset({Kill("sidecar", 2), Kill("backend", 2), VALIDATOR})) is None
 
 
 def test_requests_are_their_seed_and_of_every_kind() -> None:
@@ -128,13 +136,15 @@ def test_requests_are_their_seed_and_of_every_kind() -> None:
 
 
 def test_figures_count_what_they_say() -> None:
-    calm, hit, validator = complete(), cut(), complete()
-    hit.faults = {"p2pd 1"}
-    hit.faults_at_begin = frozenset()
-    validator.faults, validator.faults_at_begin = {"validator"}, frozenset({"validator"})
-    records = [calm, hit, validator, cut(error="", left=True)]
-    assert share(records) == (2, 3)
-    assert hit in quiet(records)
-    assert hit not in untouched(records)
-    assert validator in untouched(records)
-    assert "1 x 200 stream_lost" in "\n".join(summary(records))
+    calm, hit = complete(), cut(began_at=199.0, ended_at=200.5)
+    during = cut(began_at=200.2, ended_at=200.4, status=503, has_end=True)
+    outages = [Outage(Kill("p2pd", 1), 200.0, 201.0), Outage(VALIDATOR, 90.0, 110.0)]
+    records = [calm, hit, during, cut(error="", left=True)]
+    assert share(records) == (1, 3)
+    assert hit in quiet(records, outages)
+    assert during not in quiet(records, outages)
+    assert hit not in untouched(records, outages)
+    assert calm in untouched(records, outages)
+    shown = "\n".join([*deaths(outages), *summary(records, outages)])
+    assert "1 x 200 stream_lost, 1 x 503 stream_lost" in shown
+    assert "2 kills" in shown

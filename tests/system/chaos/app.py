@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import h11
 import trio
@@ -12,43 +12,55 @@ import trio
 from .record import Ask, Record
 
 READ_BYTES = 65_536
+RESUMED = b": lloom resumed at "
+"""The comment in a stream that another executor goes on with. Source: docs/operate.md."""
 
 
 class App:
     """One client of the OpenAI API. A connection for each request, as after every failure.
 
     Args:
-        host, port: of the API.
+        connect: opens a connection to the API.
         resume: sends ``x-lloom-resume: on``.
-        faults: what is broken at the moment.
     """
 
-    def __init__(
-        self, host: str, port: int, *, resume: bool = False, faults: Callable[[], frozenset[str]] = frozenset
-    ) -> None:
-        self._host = host
-        self._port = port
+    def __init__(self, connect: Callable[[], Awaitable[trio.SocketStream]], *, resume: bool = False) -> None:
+        self._connect = connect
         self._resume = resume
-        self._faults = faults
+        self.ended = trio.Event()
 
     async def ask(self, ask: Ask, timeout_s: float) -> Record:
         """Ask and read to the end, whatever that is. A record without ``ended_at`` was not over after ``timeout_s``."""
-        record = Record(ask, time.time(), faults_at_begin=self._faults())
-        record.faults |= record.faults_at_begin
+        record = Record(ask, time.time())
+        await self._run(ask, record, timeout_s)
+        return record
+
+    async def ask_told(
+        self, ask: Ask, timeout_s: float = 600.0, *, task_status: trio.TaskStatus[Record] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """The same as a task: ``started`` with the record when the first text is there, ``ended`` is set at the end."""
+        record = Record(ask, time.time())
+        self.ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run, ask, record, timeout_s)
+            while record.first_at is None and record.ended_at is None:
+                await trio.sleep(0.01)
+            task_status.started(record)
+        self.ended.set()
+
+    async def _run(self, ask: Ask, record: Record, timeout_s: float) -> None:
         with trio.move_on_after(timeout_s):
             try:
-                async with await trio.open_tcp_stream(self._host, self._port) as stream:
+                async with await self._connect() as stream:
                     await self._talk(stream, ask, record)
             except (OSError, trio.BrokenResourceError) as exc:
                 record.error = record.error or f"connection_{type(exc).__name__}"
             record.ended_at = time.time()
-        record.faults |= self._faults()
-        return record
 
     async def _talk(self, stream: trio.SocketStream, ask: Ask, record: Record) -> None:
         messages = [{"role": "user", "content": ask.prompt}]
         body = json.dumps({"model": "scripted", "stream": ask.streams, "messages": messages}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\n" + ("x-lloom-resume: on\r\n" if self._resume else "") + "\r\n"
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="POST", target="/", headers=[("host", "x"), ("content-length", "0")]))
@@ -60,7 +72,6 @@ class App:
                 data = await stream.receive_some(READ_BYTES)
             except trio.BrokenResourceError:
                 data = b""  # a reset: no more comes, and it is not an end
-            record.faults |= self._faults()
             if not data:
                 reader.finish()
                 return
@@ -108,6 +119,10 @@ class _Reader:
     def _take_events(self) -> None:
         *events, self._text = self._text.split(b"\n\n")
         for event in events:
+            if event.startswith(RESUMED):
+                self._record.was_resumed = True
+            if event.startswith(b":"):
+                continue
             data = event.removeprefix(b"data: ")
             if data == b"[DONE]":
                 self._record.has_done = True

@@ -1,7 +1,7 @@
 """What breaks, and when: a seeded plan. Pure.
 
-At most one executor is down at a time. While one is down, a tick breaks the validator's p2pd instead: it carries
-gossip and bootstrap, no request goes through it.
+At most one executor is down at a time. While one is, a tick strikes another part of the same one, or the validator's
+p2pd: that carries gossip and bootstrap, no request goes through it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ class Kill:
         return self.part if self.executor is None else f"{self.part} {self.executor}"
 
 
+VALIDATOR = Kill("validator", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Something was broken for a while. Instants: seconds of Unix time."""
+
+    kill: Kill
+    began_at: float
+    ended_at: float
+
+
 class Plan:
     """Which kill comes next."""
 
@@ -34,8 +46,13 @@ class Plan:
         self._rng = random.Random(seed)
         self._executors = executors
 
-    def next(self, *, is_one_down: bool) -> Kill:
-        """The kill of this tick; ``is_one_down``: an executor is not back yet."""
-        part = self._rng.choice(EXECUTOR_PARTS)
-        executor = self._rng.randrange(self._executors)
-        return Kill("validator", None) if is_one_down else Kill(part, executor)
+    def next(self, active: frozenset[Kill]) -> Kill | None:
+        """The kill of this tick, None when everything that may be dead is; ``active``: what is not back yet."""
+        down = next((kill.executor for kill in active if kill.executor is not None), None)
+        if down is None:
+            return Kill(self._rng.choice(EXECUTOR_PARTS), self._rng.randrange(self._executors))
+        others = [VALIDATOR, Kill("backend", down)]
+        if Kill("sidecar", down) not in active:  # a starting one may have no p2pd yet
+            others.append(Kill("p2pd", down))
+        others = [kill for kill in others if kill not in active]
+        return self._rng.choice(others) if others else None

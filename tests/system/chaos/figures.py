@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .faults import Outage
 from .record import Outcome, Record
-
-VALIDATOR = frozenset({"validator"})
-"""No request goes through it."""
 
 
 def share(records: Iterable[Record]) -> tuple[int, int]:
@@ -17,25 +15,46 @@ def share(records: Iterable[Record]) -> tuple[int, int]:
     return sum(record.outcome is Outcome.COMPLETE for record in stayed), len(stayed)
 
 
-def quiet(records: Iterable[Record]) -> list[Record]:
+def quiet(records: Iterable[Record], outages: Iterable[Outage]) -> list[Record]:
     """Those that began while no executor was down."""
-    return [record for record in records if not record.faults_at_begin - VALIDATOR]
+    times = _downtimes(outages)
+    return [one for one in records if not any(begin <= one.began_at <= end for begin, end in times)]
 
 
-def untouched(records: Iterable[Record]) -> list[Record]:
+def untouched(records: Iterable[Record], outages: Iterable[Outage]) -> list[Record]:
     """Those during which no executor was down, from beginning to end."""
-    return [record for record in records if not record.faults - VALIDATOR]
+    times = _downtimes(outages)
+    return [
+        one
+        for one in records
+        if one.ended_at is not None and not any(begin <= one.ended_at and one.began_at <= end for begin, end in times)
+    ]
 
 
-def summary(records: Sequence[Record]) -> list[str]:
+def _downtimes(outages: Iterable[Outage]) -> list[tuple[float, float]]:
+    """When an executor was down: no request goes through the validator."""
+    return [(one.began_at, one.ended_at) for one in outages if one.kill.executor is not None]
+
+
+def deaths(outages: Sequence[Outage]) -> list[str]:
+    """What died, and how long executors were away."""
+    parts = Counter(one.kill.part for one in outages)
+    lines = [f"{len(outages)} kills: " + ", ".join(f"{count} x {part}" for part, count in parts.most_common())]
+    away = sorted(end - begin for begin, end in _downtimes(outages))
+    if away:
+        lines.append(f"an executor was away: median {away[len(away) // 2]:.2f} s, worst {away[-1]:.2f} s")
+    return lines
+
+
+def summary(records: Sequence[Record], outages: Sequence[Outage]) -> list[str]:
     """The figures of a run."""
     outcomes = Counter(record.outcome.value for record in records)
     errors = Counter(f"{record.status} {record.error}" for record in records if record.outcome is Outcome.ERROR)
     lines = [f"{len(records)} requests: " + ", ".join(f"{count} {name}" for name, count in outcomes.most_common())]
     for name, some in (
         ("all", records),
-        ("begun while nothing was down", quiet(records)),
-        ("nothing down from begin to end", untouched(records)),
+        ("begun while nothing was down", quiet(records, outages)),
+        ("nothing down from begin to end", untouched(records, outages)),
     ):
         complete, count = share(some)
         lines.append(f"{name}: {complete} of {count} complete ({complete / max(1, count):.2%})")

@@ -57,9 +57,6 @@ class Record:
 
     ask: Ask
     began_at: float
-    faults: set[str] = field(default_factory=set)
-    """What was broken while it ran, at any moment."""
-    faults_at_begin: frozenset[str] = frozenset()
     status: int | None = None
     request_id: str = ""
     executor: str = ""

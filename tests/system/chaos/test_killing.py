@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import trio
 
@@ -12,8 +10,8 @@ from tests.harness.waiting import wait_until
 
 from .descriptors import count_descriptors, kinds
 from .faults import Plan
-from .figures import share, summary, untouched
-from .record import make_ask
+from .figures import deaths, share, summary, untouched
+from .record import Outcome, make_ask
 from .world import World
 
 APPS = 32
@@ -23,7 +21,6 @@ FAST = ["--heartbeat", "1"]
 """A restarted executor gets into the gossip at the next heartbeat: with the default of 10 s runs would mostly wait."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("requests", "seed"), [(600, 1), pytest.param(2000, 2, marks=pytest.mark.soak)], ids=["short", "long"]
 )
@@ -51,17 +48,16 @@ async def kill_every_second(requests: int, seed: int, *, resume: bool, least: fl
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
             await world.kill_until(over, Plan(seed, EXECUTORS), EVERY_S)
-        print("killed: ", Counter(kill.part for _, kill in world.kills))
-        away = sorted(world.back_s)
-        print(f"away: median {away[len(away) // 2]:.2f} s, worst {away[-1]:.2f} s")
-        print("\n".join(summary(world.records)))
+        print("\n".join([*deaths(world.outages), *summary(world.records, world.outages)]))
         assert len(world.records) == requests
         violations = await trio.to_thread.run_sync(world.violations)
         assert not violations, "\n".join(violations[:20])
         complete, count = share(world.records)
         assert complete >= least * count
-        complete, count = share(untouched(world.records))
-        assert complete >= 0.995 * count
+        calm = untouched(world.records, world.outages)
+        complete, count = share(calm)
+        failed = [record for record in calm if record.outcome is Outcome.ERROR]
+        assert complete >= 0.995 * count, failed
 
         # Executors that end say GOAWAY, so the client closes its streams to them: it holds what it held at the start.
         for node in network.executors:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 import trio
+from natlab import Host
 
 from lloom_sidecar.admin.client import NodeUnreachableError
 from tests.harness import Network, Node
@@ -16,7 +17,7 @@ from tests.harness.waiting import wait_until
 
 from . import invariants
 from .app import App
-from .faults import Kill, Plan
+from .faults import Kill, Outage, Plan
 from .ledgers import Entry, Work, read_journal, read_ledger
 from .record import Ask, Outcome, Record
 
@@ -29,23 +30,30 @@ BACK_S = 60.0
 class World:
     """One validator, some executors with scripted backends, one client node."""
 
-    def __init__(self, network: Network, *, seed: int, resume: bool = False) -> None:
+    def __init__(self, network: Network, *, seed: int, resume: bool = False, host: Host | None = None) -> None:
+        """``host``: where the client node and its applications are; None = here."""
         self.network = network
+        self.host = host
         self.seed = seed
         self.rng = random.Random(seed)
         self.resume = resume
-        self.active: frozenset[str] = frozenset()
-        """What is broken now."""
-        self.kills: list[tuple[float, Kill]] = []
-        self.back_s: list[float] = []
-        """How long each executor was away."""
+        self.active: frozenset[Kill] = frozenset()
+        """What is dead now, or not back yet."""
+        self.outages: list[Outage] = []
+        """What was, in the order of return."""
         self.records: list[Record] = []
 
     # ------------------------------------------------------------ applications
     def app(self) -> App:
         """An application at the client's API."""
         host, _, port = self.network.client.api.removeprefix("http://").partition(":")
-        return App(host, int(port), resume=self.resume, faults=lambda: self.active)
+        return App(partial(self._connect, host, int(port)), resume=self.resume)
+
+    async def _connect(self, host: str, port: int) -> trio.SocketStream:
+        if self.host is None:
+            return await trio.open_tcp_stream(host, port)
+        plain = await trio.to_thread.run_sync(self.host.connect, port)
+        return trio.SocketStream(trio.socket.from_stdlib_socket(plain))
 
     async def ask_all(self, asks: Iterable[Ask], *, apps: int) -> list[Record]:
         """Have the requests made by so many applications, each one after the other; their records."""
@@ -63,24 +71,14 @@ class World:
         return records
 
     # ------------------------------------------------------------ faults
-    @contextmanager
-    def broken(self, name: str) -> Iterator[None]:
-        """While the context lasts, ``name`` is what is broken."""
-        self.active |= {name}
-        try:
-            yield
-        finally:
-            self.active -= {name}
-
     async def kill_until(self, over: trio.Event, plan: Plan, every_s: float) -> None:
         """Until ``over`` something dies at every tick, and is brought back. Returns when all of it is back again."""
         began_at = trio.current_time()
         tick = 0
         async with trio.open_nursery() as repairs:
             while not over.is_set():
-                kill = plan.next(is_one_down=bool(self.active - {"validator"}))
-                if kill.name not in self.active:
-                    self.kills.append((time.time(), kill))
+                kill = plan.next(self.active)
+                if kill is not None:
                     await repairs.start(self._strike, kill)
                 tick += 1
                 with trio.move_on_at(began_at + tick * every_s):
@@ -88,24 +86,32 @@ class World:
 
     async def _strike(self, kill: Kill, *, task_status: trio.TaskStatus[None]) -> None:
         """``started`` when it is dead; returns when it is back."""
-        began_at = trio.current_time()
-        with self.broken(kill.name):
+        began_at = time.time()
+        self.active |= {kill}
+        try:
             if kill.executor is None:
-                validator = self.network.validators[0]
-                await _in_thread(partial(validator.kill, "p2pd"))
-                task_status.started()
-                await _in_thread(lambda: wait_until(lambda: _has_p2pd(validator), "p2pd", timeout_s=BACK_S))
-                return
-            victim = self.network.executors[kill.executor]
-            backend = self.network.backends[kill.executor]
-            await _in_thread(backend.kill if kill.part == "backend" else partial(victim.kill, kill.part))
-            task_status.started()
-            if kill.part == "sidecar":
-                await _in_thread(victim.start)
-            elif kill.part == "backend":
-                await _in_thread(backend.start)
-            await self.wait_back(victim)
-        self.back_s.append(trio.current_time() - began_at)
+                await self._strike_validator(task_status)
+            else:
+                await self._strike_executor(kill.part, kill.executor, task_status)
+        finally:
+            self.active -= {kill}
+            self.outages.append(Outage(kill, began_at, time.time()))
+
+    async def _strike_validator(self, task_status: trio.TaskStatus[None]) -> None:
+        validator = self.network.validators[0]
+        await _in_thread(partial(validator.kill, "p2pd"))
+        task_status.started()
+        await _in_thread(lambda: wait_until(lambda: _has_p2pd(validator), "p2pd", timeout_s=BACK_S))
+
+    async def _strike_executor(self, part: str, number: int, task_status: trio.TaskStatus[None]) -> None:
+        victim, backend = self.network.executors[number], self.network.backends[number]
+        await _in_thread(backend.kill if part == "backend" else partial(victim.kill, part))
+        task_status.started()
+        if part == "sidecar":
+            await _in_thread(victim.start)
+        elif part == "backend":
+            await _in_thread(backend.start)
+        await self.wait_back(victim)
 
     async def wait_back(self, victim: Node) -> None:
         """Until the executor serves again as far as it and the client know."""
@@ -152,8 +158,19 @@ class World:
             *invariants.outcomes(self.records),
             *invariants.texts(self.records),
             *invariants.work(self.records, self.journals()),
-            *invariants.receipts(self.records, self.client_ledger(), self.executor_ledgers()),
+            *invariants.receipts(self.records, self.client_ledger(), self.executor_ledgers(), self.was_killed),
         ]
+
+    def was_killed(self, record: Record) -> bool:
+        """The sidecar that gave this answer was killed when it had just given it."""
+        assert record.ended_at is not None
+        executors = [node.peer for node in self.network.executors]
+        return any(
+            one.kill.part == "sidecar"
+            and executors[one.kill.executor or 0] == record.executor
+            and 0 <= one.began_at - record.ended_at + 0.5 <= invariants.COMMIT_S
+            for one in self.outages
+        )
 
 
 def _has_p2pd(node: Node) -> bool:

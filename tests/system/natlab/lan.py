@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 SUBNET = "10.77.0"
 """Inside namespaces of their own: it meets no address of this machine."""
+
+CLONE_NEWNET = 0x40000000
+"""Source: linux/sched.h."""
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def run(*command: str) -> None:
@@ -46,6 +54,27 @@ class Host:
     def unblock(self, other: Host) -> None:
         """Undo ``block``."""
         run("ip", "-n", self.name, "route", "del", "unreachable", other.address)
+
+    def lose(self, share: float) -> None:
+        """Drop this share of the packets that arrive here, each by chance."""
+        rule = ("INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP")
+        run(*self.prefix, "iptables", "-A", *rule)
+
+    def connect(self, port: int) -> socket.socket:
+        """A connection to a port on this host's loopback, for a program outside of it.
+
+        A thread enters the namespace; a socket stays in the one that it was made in.
+        """
+
+        def make() -> socket.socket:
+            with Path(f"/run/netns/{self.name}").open("rb") as namespace:
+                if _libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), f"setns {self.name}")
+            return socket.create_connection(("127.0.0.1", port), 10)
+
+        # The thread ends with its pool, so that no other work is done in there.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make).result()
 
     def remove(self) -> None:
         """Delete the namespace and its files."""
@@ -85,6 +114,16 @@ class Lan:
             run(*in_host, "addr", "add", f"{host.address}/24", "dev", "eth0")
             run(*in_host, "link", "set", "eth0", "up")
             run(*in_host, "route", "add", "default", "via", f"{SUBNET}.254")
+
+    @contextlib.contextmanager
+    def unplugged(self, host: Host) -> Iterator[None]:
+        """While the context lasts no packet passes between this host and the others, and nobody is told."""
+        port = ("ip", "-n", self._switch, "link", "set", f"p{self.hosts.index(host) + 1}")
+        run(*port, "down")
+        try:
+            yield
+        finally:
+            run(*port, "up")
 
     def remove(self) -> None:
         """Delete every namespace; the links between them go with them."""
