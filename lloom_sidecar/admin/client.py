@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DhtPeer,
         DisconnectInfo,
         EffectiveInfo,
+        ExecutorState,
         PingInfo,
         PriceChange,
         ProvidedInfo,
@@ -280,6 +281,14 @@ class NodeClient:
     def set_price(self, model: str, price: str) -> PriceChange:
         """Let the executor ask another price for a model: ``PROMPT/COMPLETION CURRENCY`` or ``free``."""
         return cast("PriceChange", self._post("/v1/executor/price", {"model": model, "price": price}))
+
+    def pause_executor(self) -> ExecutorState:
+        """Let the executor take no further work while its node goes on."""
+        return cast("ExecutorState", self._post("/v1/executor/pause", {}))
+
+    def resume_executor(self) -> ExecutorState:
+        """Let the executor take work again."""
+        return cast("ExecutorState", self._post("/v1/executor/resume", {}))
 
     def examine(self) -> list[Finding]:
         """What it finds when it examines itself."""

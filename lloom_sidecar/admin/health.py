@@ -150,6 +150,12 @@ CONDITION_KINDS: Final = (
         Severity.WARNING,
         "Look at `lloomctl receipt list --doubtful`; ask its operator, or pin others.",
     ),
+    ConditionKind(
+        "executor_paused",
+        "this executor takes no work",
+        Severity.INFO,
+        "`lloomctl executor resume` lets it take work again.",
+    ),
     ConditionKind("draining", "the node is draining", Severity.INFO, "It ends when its requests have ended."),
 )
 """Every condition that a node can have."""

@@ -114,6 +114,12 @@ def operation_routes(node: Operations) -> list[Route]:
     async def price(fields: Fields) -> Any:
         return node.set_price(fields.text("model", _MODEL), fields.text("price", "such as 15/60 EUR, or free"))
 
+    async def pause(fields: Fields) -> Any:
+        return node.pause_executor()
+
+    async def resume(fields: Fields) -> Any:
+        return node.resume_executor()
+
     async def bootstrap(request: Request) -> Response:
         return JSONResponse(node.bootstrap())
 
@@ -154,6 +160,8 @@ def operation_routes(node: Operations) -> list[Route]:
         "/v1/models/query": lambda f: node.query_models(f.text("peer", _PEER)),
         "/v1/models/quote": lambda f: node.ask_quote(f.text("peer", _PEER), f.text("model", _MODEL)),
         "/v1/executor/price": price,
+        "/v1/executor/pause": pause,
+        "/v1/executor/resume": resume,
     }
     return [
         *(Route(path, _endpoint(action), methods=["POST"]) for path, action in actions.items()),

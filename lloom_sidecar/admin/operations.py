@@ -182,6 +182,15 @@ class PriceChange(TypedDict):
     before: PriceInfo
 
 
+class ExecutorState(TypedDict):
+    """Whether this executor takes work."""
+
+    paused: bool
+    """True when it takes none though its node goes on."""
+    requests: int
+    """That still work or wait here."""
+
+
 class Operations(Protocol):
     """What the admin API needs of a node besides ``view.NodeView``.
 
@@ -245,6 +254,12 @@ class Operations(Protocol):
 
     def explain(self, what: str, policy: str | None) -> Explanation:
         """A request by its id, or what would be chosen for a model now."""
+
+    def pause_executor(self) -> ExecutorState:
+        """Let this executor take no further work while the node goes on; what runs may finish within the grace."""
+
+    def resume_executor(self) -> ExecutorState:
+        """Let this executor take work again. Raises RequestError when the node is about to end."""
 
     async def examine(self) -> list[Finding]:
         """Every check of ``doctor`` that a running node can make itself."""

@@ -25,7 +25,7 @@ COLUMNS = (
 
 @click.group("executor", cls=NounGroup)
 def executor() -> None:
-    """Look at executors, set this one's prices, drain it."""
+    """Look at executors, set this one's prices, drain and resume it."""
 
 
 @executor.command("list", epilog=example("lloomctl executor list"))
@@ -138,14 +138,38 @@ def set_price(target: Target, model_id: str, words: tuple[str, ...], as_json: bo
     )
 
 
-@executor.command("drain", epilog=example("lloomctl executor drain"))
+@executor.command("drain", epilog=example("lloomctl executor drain", "lloomctl executor drain --stay"))
+@click.option("--stay", is_flag=True, help="Let the node go on, without work, until `executor resume`.")
 @json_option
 @pass_target
-def drain(target: Target, as_json: bool) -> None:
-    """Let the node refuse new work, finish what runs, and end."""
+def drain(target: Target, stay: bool, as_json: bool) -> None:
+    """Let the node refuse new work, finish what runs, and end.
+
+    What still runs after the grace (the setting grace_s) is cut. With --stay the node itself goes on, for instance
+    while its backend is changed.
+    """
     with target.client() as client:
-        client.drain()
+        if stay:
+            state = client.pause_executor()
+        else:
+            client.drain()
     if as_json:
-        output.print_json({"draining": True})
+        output.print_json({**state, "draining": True} if stay else {"draining": True})
+    elif stay:
+        output.say(f"no new work is taken; still under way: {output.count(state['requests'], 'request')}")
+        output.say("`lloomctl executor resume` lets it take work again")
     else:
         output.say("draining: `lloomctl status` shows the requests that still run")
+
+
+@executor.command("resume", epilog=example("lloomctl executor resume"))
+@json_option
+@pass_target
+def resume(target: Target, as_json: bool) -> None:
+    """Let a node that was drained with --stay take work again."""
+    with target.client() as client:
+        state = client.resume_executor()
+    if as_json:
+        output.print_json(state)
+    else:
+        output.say("this executor takes work again")

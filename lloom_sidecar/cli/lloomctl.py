@@ -23,7 +23,7 @@ COMMANDS: Final = {
     "status": _Lazy("ctl_status", "status", "Show the node at a glance, with what needs attention."),
     "peer": _Lazy("ctl_peer", "peer", "Look at the peers that the node knows; connect, disconnect, ping one."),
     "model": _Lazy("ctl_model", "model", "Look at the models that are offered, and ask executors about them."),
-    "executor": _Lazy("ctl_executor", "executor", "Look at executors, set this one's prices, drain it."),
+    "executor": _Lazy("ctl_executor", "executor", "Look at executors, set this one's prices, drain and resume it."),
     "explain": _Lazy("ctl_explain", "explain", "Say why a request went where it went, or where one would go now."),
     "request": _Lazy("ctl_request", "request", "Look at the last requests of the node's applications."),
     "bootstrap": _Lazy("ctl_bootstrap", "bootstrap", "Show and change the validators that the node trusts."),

@@ -34,6 +34,7 @@ BUILTIN_MODEL_ID: Final = "smollm2:135m"
 LOCAL_MODEL_SLOTS: Final = 4
 """Requests that the embedded model works on at once, unless configured."""
 LOCAL_MODEL_FEATURES: Final = frozenset({"chat", "completions", "embeddings"})
+IDLE_POLL_S: Final = 0.02
 WITHDRAW_TIMEOUT_S: Final = 2.0
 """For the removal to go out before a node ends."""
 
@@ -68,6 +69,9 @@ class ExecutorSide:
         self._on_backend = on_backend
         self._announcing = trio.CancelScope()
         self._withdrawn = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._pausing: trio.CancelScope | None = None
+        """Of the task that cuts what still runs when a pause's grace is over; None when this executor is not paused."""
         self.backend = self._make_backend()
         slots = config.slots or self.backend.state.slots
         self.executor = Executor(
@@ -142,6 +146,7 @@ class ExecutorSide:
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Start the embedded model if it is wanted, and watch the backend. Raises StartError."""
+        self._nursery = nursery
         if self._config.model is not None:
             await self._start_local_model(nursery, self._config.model)
         await nursery.start(self.backend.run)
@@ -160,6 +165,36 @@ class ExecutorSide:
         self._announcing.cancel()
         with trio.move_on_after(WITHDRAW_TIMEOUT_S):
             await self._withdrawn.wait()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether an operator lets it take no work while the node goes on."""
+        return self._pausing is not None
+
+    def pause(self) -> None:
+        """Take no further request until ``resume``, and announce so; what runs is cut after the grace. Idempotent."""
+        if self._pausing is None and self._nursery is not None:
+            self._pausing = trio.CancelScope()
+            self.executor.drain()
+            self._offer_changed()
+            self._nursery.start_soon(self._cut_after_grace, self._pausing)
+
+    def resume(self) -> None:
+        """End a pause: what still ran may go on, new requests are taken. Idempotent."""
+        if self._pausing is not None:
+            self._pausing.cancel()
+            self._pausing = None
+            self.executor.resume()
+            self._offer_changed()
+
+    async def _cut_after_grace(self, scope: trio.CancelScope) -> None:
+        with scope:
+            with trio.move_on_after(self._config.grace_s):
+                while self.executor.working:  # noqa: ASYNC110 polled, as at the node's end: it changes on the hot path
+                    await trio.sleep(IDLE_POLL_S)
+            if self.executor.working:
+                log.warning("executor_cut", requests=self.executor.working)
+            self.executor.cut()
 
     def set_price(self, model: str, price: Price) -> Price:
         """Ask ``price`` for ``model`` and announce that; returns what it was before. Raises LookupError when the
@@ -183,6 +218,9 @@ class ExecutorSide:
             self.executor.resize(state.slots)
         self.announcer.changed()
         self._on_backend(state)
+
+    def _offer_changed(self) -> None:
+        self._backend_changed(self.backend.state)
 
     async def _start_local_model(self, nursery: trio.Nursery, model: str) -> None:
         if model == BUILTIN_MODEL:

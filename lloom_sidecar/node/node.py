@@ -46,7 +46,7 @@ from .addresses import announced
 from .bookkeeping import Bookkeeping, open_ledger
 from .control_plane import ControlPlane
 from .daemon import is_stock, make_supervisor, max_streams
-from .executor_side import ExecutorSide
+from .executor_side import IDLE_POLL_S, ExecutorSide
 from .listening import Listeners, open_listeners, serve_admin, serve_api
 from .observer import Observer
 from .receipts import now_ms
@@ -58,7 +58,6 @@ MAX_INBOUND_STREAMS: Final = 8192
 TICK_S: Final = 1.0
 IDENTIFY_EVERY_S: Final = 15.0
 """Addresses change when a NAT mapping or an interface does."""
-IDLE_POLL_S: Final = 0.02
 MAX_CLOCK_SKEW_MS: Final = 5_000
 """Against a validator; announcements tolerate 15 min, requests 60 s."""
 TRACES_GRACE_S: Final = 3.0

@@ -18,6 +18,7 @@ from lloom_sidecar.admin.operations import (
     DhtPeer,
     DisconnectInfo,
     EffectiveInfo,
+    ExecutorState,
     PingInfo,
     PriceChange,
     ProvidedInfo,
@@ -46,6 +47,7 @@ from .explaining import Explainer
 from .receipts import now_ms
 
 if TYPE_CHECKING:
+    from .executor_side import ExecutorSide
     from .node import Node
 
 DHT_K: Final = 20
@@ -316,9 +318,7 @@ class NodeOperations:
 
     def set_price(self, model: str, price: str) -> PriceChange:
         """Let this executor ask another price for a model, until it ends."""
-        serving = self._node.serving
-        if serving is None:
-            raise RequestError("this node is no executor: it has no prices")
+        serving = self._executor("it has no prices")
         parsed = Price.parse(price)
         try:
             before = serving.set_price(check_model_id(model), parsed)
@@ -328,6 +328,30 @@ class NodeOperations:
                 f"the backend does not serve {model}; it serves {served}", code="not_found", http_status=404
             ) from exc
         return PriceChange(model=model, price=price_info(parsed), before=price_info(before))
+
+    def pause_executor(self) -> ExecutorState:
+        """Let this executor take no further work while the node goes on."""
+        self._executor("it has nothing to drain").pause()
+        return self._state()
+
+    def resume_executor(self) -> ExecutorState:
+        """Let this executor take work again."""
+        serving = self._executor("it has nothing to resume")
+        if self._node.is_draining:
+            raise RequestError("this node is about to end: start it again", code="draining", http_status=409)
+        serving.resume()
+        return self._state()
+
+    def _state(self) -> ExecutorState:
+        serving = self._executor("")
+        text = "An operator drained it; the node goes on." if serving.is_paused else None
+        self._node.health.update("executor_paused", text)
+        return ExecutorState(paused=serving.is_paused, requests=serving.executor.working)
+
+    def _executor(self, consequence: str) -> ExecutorSide:
+        if self._node.serving is None:
+            raise RequestError(f"this node is no executor: {consequence}")
+        return self._node.serving
 
     # ------------------------------------------------------------ doctor
     async def examine(self) -> list[Finding]:

@@ -32,6 +32,7 @@ from lloom_sidecar.admin.operations import (
     DhtPeer,
     DisconnectInfo,
     EffectiveInfo,
+    ExecutorState,
     Operations,
     PingInfo,
     PriceChange,
@@ -70,6 +71,7 @@ class FakeOperations:
 
     def __init__(self) -> None:
         self.asked: list[tuple[object, ...]] = []
+        self.is_executor = True
         self.findings: list[Finding] = [finding("p2pd", "ok", "answers: lloom-p2pd 0.1.0")]
         self.lasts = True
         self.complete = True
@@ -283,6 +285,16 @@ class FakeOperations:
             },
             before={"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
         )
+
+    def pause_executor(self) -> ExecutorState:
+        self.asked.append(("pause",))
+        return ExecutorState(paused=True, requests=2)
+
+    def resume_executor(self) -> ExecutorState:
+        self.asked.append(("resume",))
+        if not self.is_executor:
+            raise RequestError("this node is no executor: it has nothing to resume")
+        return ExecutorState(paused=False, requests=0)
 
     async def examine(self) -> list[Finding]:
         await self._note("examine")

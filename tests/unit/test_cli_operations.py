@@ -179,6 +179,21 @@ def test_bootstrap_add_and_rm(node: Served, fake: FakeOperations) -> None:
     assert (done.exit_code, done.stderr) == (1, "error: not a multiaddr: 'x'\n")
 
 
+def test_executor_drain_and_resume(node: Served, fake: FakeOperations) -> None:
+    done = run(node.home, "executor", "drain", "--stay")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr.splitlines()[0] == "no new work is taken; still under way: 2 requests"
+    shown = json.loads(run(node.home, "executor", "drain", "--stay", "--json").stdout)
+    assert shown == {"draining": True, "paused": True, "requests": 2}
+    assert run(node.home, "executor", "resume").stderr == "this executor takes work again\n"
+    assert json.loads(run(node.home, "executor", "resume", "--json").stdout) == {"paused": False, "requests": 0}
+    assert fake.asked == [("pause",), ("pause",), ("resume",), ("resume",)]
+    assert node.node.drained == 0
+    fake.is_executor = False
+    done = run(node.home, "executor", "resume")
+    assert (done.exit_code, done.stderr) == (1, "error: this node is no executor: it has nothing to resume\n")
+
+
 def test_executor_price(node: Served, fake: FakeOperations) -> None:
     done = run(node.home, "executor", "price", "m1", "15/60", "EUR")
     assert (done.exit_code, done.stdout) == (0, "")
