@@ -53,7 +53,7 @@ from .openai import (
 from .records import RequestRecords
 from .route import Route
 from .router import Router
-from .wishes import hedge, max_cost, max_price, pinned, policy
+from .wishes import hedge, max_cost, max_price, pinned, policy, priority, timeout_s
 
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
@@ -259,15 +259,17 @@ class OpenAiApi:
         )
         self._observer.http_received(request_id.hex(), asked.model)
         settings = self._settings
+        deadline_s = min(settings.deadline_s, timeout_s(request) or settings.deadline_s)
         call = Call(
             request_id=request_id,
             operation=operation,
             model=asked.model,
             body=body,
-            deadline_ms=round(settings.deadline_s * 1000),
+            deadline_ms=round(deadline_s * 1000),
             idempotency_key=(request.header("idempotency-key") or "").encode()[:128] or request_id,
             traceparent=route.span.traceparent,
             max_cost=max_cost(request),
+            priority=priority(request),
         )
         wanted = Wanted(
             model=asked.model,
@@ -283,10 +285,10 @@ class OpenAiApi:
             else:
                 await self._collect(response, route, exchange, call)
 
-        with trio.move_on_after(settings.deadline_s) as deadline:
+        with trio.move_on_after(deadline_s) as deadline:
             await self._router.run(call, wanted, policy(request) or settings.policy, use, route)
         if deadline.cancelled_caught:
-            raise PeerTimeoutError(f"no complete answer within {settings.deadline_s:.0f} s", code="deadline")
+            raise PeerTimeoutError(f"no complete answer within {deadline_s:g} s", code="deadline")
 
     async def _relay(self, response: Response, route: Route, exchange: Exchange, call: Call, n: int) -> None:
         tail = TailHolder(n)

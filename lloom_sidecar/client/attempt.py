@@ -6,7 +6,7 @@ import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -40,6 +40,10 @@ Use = Callable[[Route, Exchange], Awaitable[None]]
 ExchangeWith = Callable[
     [StreamPool, Signer, PeerId, Call, Callable[[Sent], None]], AbstractAsyncContextManager[Exchange]
 ]
+
+
+_OF_THIS_REQUEST: Final = frozenset({"price_changed", "deadline_too_short"})
+"""Refusals that hold for the request that met them: others may go to that executor at once."""
 
 
 class RouterObserver(Protocol):
@@ -175,7 +179,9 @@ class Asker:
             self._health.end(ticket, Outcome.OK, now)
             self._book.mark_served(peer)
             return None
-        self._health.end(ticket, _outcome_of(failure), now, retry_after_s=failure.retry_after_s)
+        outcome = _outcome_of(failure)
+        returns_s = None if outcome is Outcome.CANCELLED else failure.retry_after_s
+        self._health.end(ticket, outcome, now, retry_after_s=returns_s)
         if not isinstance(failure, RefusedError):
             self._book.mark_failed(peer, now)
         route.attempts.append(Attempt(str(peer), stage, failure.code, (now - began_at) * 1000, failure.message))
@@ -191,7 +197,7 @@ class Asker:
 
 
 def _outcome_of(failure: LloomError) -> Outcome:
-    if blames_request(failure) or failure.code == "price_changed":
+    if blames_request(failure) or failure.code in _OF_THIS_REQUEST:
         return Outcome.CANCELLED  # says nothing of the executor, and a quick word is no quick answer
     if isinstance(failure, PeerTimeoutError):
         return Outcome.TIMEOUT

@@ -7,6 +7,8 @@
 | ``x-lloom-pin-executor`` | peer ids, commas between |
 | ``x-lloom-max-price`` | ``PROMPT/COMPLETION CURRENCY``, minor units per million tokens, or free |
 | ``x-lloom-max-cost`` | minor units for the whole answer |
+| ``x-lloom-priority`` | -10 to 10: which of this node's requests an executor takes first |
+| ``x-lloom-timeout`` | seconds for the whole answer |
 
 Each function returns None (or what is empty) when its header is missing, and raises RequestError, a sentence for the
 application, when it cannot be read.
@@ -14,6 +16,7 @@ application, when it cannot be read.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -25,6 +28,8 @@ from lloom_sidecar.peers.selection import Policy
 from lloom_sidecar.protocol.offers import Price
 
 MAX_PINNED: Final = 16
+MAX_PRIORITY: Final = 10
+MIN_TIMEOUT_S: Final = 0.1
 
 _Word = TypeVar("_Word", bound=Enum)
 
@@ -80,3 +85,25 @@ def max_cost(request: Request) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
         raise RequestError(f"x-lloom-max-cost: {text[:40]!r} is not a whole number of minor units such as 25")
     return int(text)
+
+
+def priority(request: Request) -> int:
+    """Which of this node's requests goes first at an executor: the higher one; 0 when nothing is said."""
+    text = request.header("x-lloom-priority")
+    if not text:
+        return 0
+    if re.fullmatch(r"[+-]?\d{1,3}", text, re.ASCII) is None or abs(int(text)) > MAX_PRIORITY:
+        raise RequestError(
+            f"x-lloom-priority: {text[:40]!r} is not a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+        )
+    return int(text)
+
+
+def timeout_s(request: Request) -> float | None:
+    """How long the application waits for the whole answer."""
+    text = request.header("x-lloom-timeout")
+    if not text:
+        return None
+    if re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text, re.ASCII) is None or float(text) < MIN_TIMEOUT_S:
+        raise RequestError(f"x-lloom-timeout: {text[:40]!r} is not a number of seconds from {MIN_TIMEOUT_S} on")
+    return float(text)

@@ -155,6 +155,9 @@ def _merge_logprobs(target: dict[str, Any], value: dict[str, Any]) -> None:
     for key, item in value.items():
         if key in _LISTED and isinstance(item, list):
             before = merged.get(key)
-            merged[key] = [*before, *item] if isinstance(before, list) else item
+            if isinstance(before, list):
+                before.extend(item)
+            else:
+                merged[key] = item
         elif item is not None or key not in merged:
             merged[key] = item

@@ -44,6 +44,8 @@ class EventRelay:
         self._cutter = SseCutter(MAX_EVENT_BYTES)
         self._nothing: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         self._merger = ChunkMerger(is_chat=is_chat)
+        self._merged_bytes = 0
+        self._measured_at_bytes = MAX_DOCUMENT_BYTES
         meter.merger = self._merger
 
     def feed(self, data: bytes) -> bytes:
@@ -115,6 +117,12 @@ class EventRelay:
         return document
 
     def _merge(self, payload: bytes) -> None:
+        self._merged_bytes += len(payload)
+        if self._merged_bytes > self._measured_at_bytes:
+            # Much of what comes is not kept, so what is gets measured: when it could be over the bound at the earliest,
+            # but not for every chunk.
+            room = MAX_DOCUMENT_BYTES - len(self.document())
+            self._measured_at_bytes = self._merged_bytes + max(room, MAX_DOCUMENT_BYTES // 16)
         try:
             self._merger.feed(payload)
         except (ValueError, msgspec.DecodeError) as exc:

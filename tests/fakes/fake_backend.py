@@ -77,8 +77,14 @@ class FakeBackend(Backend):
         self.traceparents: list[str] = []
         self.outcomes: list[str] = []
         """How each call ended: ``left`` or ``cancelled`` or the name of an exception."""
+        self.answers: list[FakeAnswer] = []
         self.state = BackendState(True, "", (ModelOffer("m", context_length=100),), 2)
         self._offers = {"m": self.state.offers[0]}
+
+    @property
+    def left_over(self) -> int:
+        """Lines of the last answer's script that nobody asked for."""
+        return len(self.answers[-1]._script)
 
     @asynccontextmanager
     async def call(self, call: BackendCall, *, traceparent: str = "") -> AsyncGenerator[BackendAnswer]:
@@ -87,7 +93,8 @@ class FakeBackend(Backend):
         if self.failure is not None:
             raise self.failure
         try:
-            yield FakeAnswer(self.script)
+            self.answers.append(FakeAnswer(self.script))
+            yield self.answers[-1]
         except trio.Cancelled:
             self.outcomes.append("cancelled")
             raise

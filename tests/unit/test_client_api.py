@@ -314,6 +314,26 @@ class TestCalls:
             assert b.router.calls == []
             assert b.code() == "invalid_request"
 
+    async def test_priority_and_timeout_go_with_the_request(self) -> None:
+        async with bench(b"{}") as b:
+            assert (await b.post(x_lloom_priority="-3", x_lloom_timeout="2.5")).status_code == 200
+            assert (await b.post(x_lloom_timeout="999999")).status_code == 200
+            said = [(call.priority, call.deadline_ms) for call in b.router.calls]
+            assert said == [(-3, 2500), (0, 600_000)]
+
+    @pytest.mark.parametrize(
+        ("header", "text"),
+        [
+            *(("x_lloom_priority", text) for text in ("11", "-11", "1.5", "high", "9999999999")),
+            *(("x_lloom_timeout", text) for text in ("0", "0.05", "-1", "1e3", "soon", "nan", "10s")),
+        ],
+    )
+    async def test_a_priority_or_timeout_that_is_none(self, header: str, text: str) -> None:
+        async with bench(b"{}") as b:
+            response = await b.post(**{header: text})
+            assert (response.status_code, b.router.calls) == (400, [])
+            assert header.replace("_", "-") in error_of(response)["message"]
+
     @pytest.mark.parametrize(
         ("given", "policy"),
         [

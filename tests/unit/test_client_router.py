@@ -57,6 +57,18 @@ class TestFailover:
             (refused(404), "x", "first_byte"),
             (refused(429), "x", "first_byte"),
             (refused(500), "x", "first_byte"),
+            *(
+                (refused(status, code, retry_after_s=20.0), code, "first_byte")
+                for status, code in (
+                    (503, "busy"),
+                    (503, "draining"),
+                    (503, "deadline_too_short"),
+                    (503, "global_rate"),
+                    (429, "peer_limit"),
+                    (429, "peer_rate"),
+                    (429, "subnet_rate"),
+                )
+            ),
             ([StreamLostError("cut")], "stream_lost", "answer"),
             ([ReceiptError("bad")], "bad_receipt", "answer"),
             ([b"some", StreamLostError("cut")], "stream_lost", "answer"),
@@ -75,6 +87,18 @@ class TestFailover:
         assert b.answered == [b.asked[-1]]
         assert [(a.reason, a.stage) for a in route.attempts] == [(code, stage)] * (len(b.asked) - 1)
         assert {who for who, _, _ in b.failed} <= {first, second}
+
+    @pytest.mark.parametrize(("code", "is_kept_away"), [("busy", True), ("deadline_too_short", False)])
+    async def test_a_deadline_that_was_too_short_keeps_no_other_request_away(
+        self, code: str, is_kept_away: bool
+    ) -> None:
+        b = Bench()
+        who = b.add(1, refused(503, code, retry_after_s=20.0))
+        with pytest.raises(RefusedError) as caught:
+            await b.run()
+        assert caught.value.retry_after_s == 20.0
+        judged = b.health.judge(who, CALL.model, trio.current_time())
+        assert (judged.verdict is not None, judged.wait_s > 0) == (is_kept_away, is_kept_away)
 
     async def test_everybody_is_asked_once_and_the_last_failure_raised(self) -> None:
         b = Bench()

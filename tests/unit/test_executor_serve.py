@@ -786,6 +786,24 @@ class TestLeaving:
         assert b.is_idle()
 
 
+class TestMergedSize:
+    """An answer that is merged into one document is bounded while it comes, not only at its end."""
+
+    @pytest.mark.parametrize("grows", [True, False])
+    async def test_what_grows_over_the_bound_is_given_up(self, grows: bool) -> None:
+        value = "x" * (1 << 20)
+        script = [sse({"choices": [], f"k{i if grows else 0}": value}, done=False)[0] for i in range(80)]
+        async with bench([*script, *sse(*HELLO)]) as b:
+            r = await b.open()
+            await r.ask(WHOLE)
+            if grows:
+                error = await r.error()
+                assert (error.code, error.retryable) == ("answer_too_large", True)
+                assert b.backend.left_over > 80 - 70
+            else:
+                assert len(await r.answer()) < 2 << 20
+
+
 class TestQueue:
     async def test_places_are_given_in_turn_and_resize_frees_some(self) -> None:
         gates = [trio.Event() for _ in range(3)]
