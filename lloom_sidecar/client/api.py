@@ -20,13 +20,10 @@ import trio
 
 from lloom_sidecar.errors import (
     PASS_THROUGH_STATUSES,
-    DaemonUnavailableError,
     LloomError,
-    NoExecutorError,
     PeerTimeoutError,
     RefusedError,
     RequestError,
-    UnknownModelError,
 )
 from lloom_sidecar.http.errors import ClientDisconnectedError, HttpServerError
 from lloom_sidecar.http.server import Request, Response
@@ -194,9 +191,7 @@ class OpenAiApi:
             if item["id"] == wanted:
                 await response.send(200, [_JSON], msgspec.json.encode(item))
                 return
-        raise UnknownModelError(
-            f"The model `{wanted}` does not exist in this network; GET /v1/models lists those that do"
-        )
+        raise self._router.absence(wanted)
 
     # ------------------------------------------------------------------ calls
     async def _call(self, request: Request, response: Response, operation: int) -> None:
@@ -357,7 +352,7 @@ async def _send_error(response: Response, error: LloomError, route: Route | None
     headers = [_JSON, (b"x-lloom-attempts", str(route.asked if route is not None else 0).encode())]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
-    if isinstance(error, DaemonUnavailableError | NoExecutorError) and error.retry_after_s is None:
+    elif error.http_status in (429, 503):
         headers.append((b"retry-after", b"2"))
     if attempts:
         headers.append((b"x-should-retry", b"false"))  # every executor was tried: the client's own retries add nothing

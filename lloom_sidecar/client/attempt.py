@@ -132,7 +132,8 @@ class Asker:
         span = route.span.attempt(str(peer))
         if span.traceparent != call.traceparent:
             call = replace(call, traceparent=span.traceparent)
-        ticket = self._health.begin(peer, call.model, began_at, prior_s=self._health.prior(view.load.ttft_s))
+        prior_s = self._health.prior(view.load.ttft_s)
+        ticket = self._health.begin(peer, call.model, began_at, prior_s=prior_s, size=len(call.body))
         sent: list[Sent] = []
         exchange: Exchange | None = None
         failure: LloomError | None = None

@@ -19,6 +19,7 @@ from lloom_sidecar.errors import (
     DaemonUnavailableError,
     LloomError,
     NoExecutorError,
+    RoutingError,
     UnknownModelError,
 )
 from lloom_sidecar.ids import PeerId
@@ -158,21 +159,26 @@ class Router:
         """Those that were chosen. Returns who failed before anybody answered; empty when the answer was used."""
         picks = choice.picks
         others = [one.view for one in choice.considered if one.filtered is None and one.view not in picks]
+        size = len(call.body)
         budget_s = math.inf
         if others:  # without an alternative, waiting on is better than giving up
-            budget_s = self._health.first_byte_budget_s(call.model, attempt=len(route.attempts) + 1)
+            budget_s = self._health.first_byte_budget_s(call.model, attempt=len(route.attempts) + 1, size=size)
         lost_as = "raced" if len(picks) > 1 else "hedged"
 
         async def ask(view: ExecutorView, on_first: Callable[[], None] = lambda: None) -> LloomError | None:
+            # The second of two has no alternative any more: it is waited for.
+            wait_s = budget_s if view in picks else math.inf
             return await self._asker.ask(
-                view, call, use, route, budget_s=budget_s, ceiling=wanted.max_price, on_first=on_first, lost_as=lost_as
+                view, call, use, route, budget_s=wait_s, ceiling=wanted.max_price, on_first=on_first, lost_as=lost_as
             )
 
         if len(picks) > 1:
             route.raced = len(picks)
             return await Contest(ask, route).race(picks)
         view = picks[0]
-        after_s = hedge_after_s(self._health, call.model) if others and wanted.hedge is not Hedge.OFF else None
+        after_s = None
+        if others and wanted.hedge is not Hedge.OFF:
+            after_s = hedge_after_s(self._health, call.model, size)
         if after_s is not None and after_s < budget_s:
             return await Contest(ask, route).hedge(view, after_s, lambda: self._second(view, wanted, route))
         error = await ask(view)
@@ -223,23 +229,26 @@ class Router:
         )
 
     async def _look_further(self, model: str, patience: _Patience) -> None:
-        """Nobody that we know of offers the model: search the network, then say which kind of absence it is."""
+        """Nobody that we know of offers the model: search the network, then wait for its return, or raise."""
         if not patience.has_looked:
             patience.has_looked = True
             with trio.move_on_after(LOOK_UP_S):
                 await self._look_up(model)
             if self._offered(model):
                 return
+        was_here = self._book.seen_model(model, trio.current_time())
+        if not was_here or not await patience.wait_for_return():
+            raise self.absence(model)
+
+    def absence(self, model: str) -> RoutingError:
+        """Why nobody offers ``model``: 404 only when the catalogue is complete and it was not seen for 24 h."""
         if self._book.seen_model(model, trio.current_time()):
-            error = NoExecutorError(f"no executor of `{model}` is up now", retry_after_s=5.0)
-            if await patience.wait_for_return():
-                return
-            raise error
+            return NoExecutorError(f"no executor of `{model}` is up now", retry_after_s=5.0)
         if self._catalogue_is_complete():
-            raise UnknownModelError(
+            return UnknownModelError(
                 f"The model `{model}` does not exist in this network; GET /v1/models lists those that do"
             )
-        raise NoExecutorError(
+        return NoExecutorError(
             f"the catalogue is not complete yet, and nobody offers `{model}` so far", retry_after_s=2.0
         )
 

@@ -263,13 +263,16 @@ def _backoff_s(first_s: float, times: int) -> float:
 
 
 class _Window:
-    """The last 256 times to first token of one model, kept sorted beside."""
+    """The last 256 figures of one model, kept sorted beside."""
 
     __slots__ = ("ordered", "recent")
 
     def __init__(self) -> None:
         self.recent: deque[float] = deque()
         self.ordered: list[float] = []
+
+    def median(self) -> float | None:
+        return None if len(self.ordered) < MIN_FOR_P95 else self.ordered[len(self.ordered) // 2]
 
     def add(self, sample_s: float) -> None:
         if len(self.recent) == TTFT_WINDOW:
@@ -286,12 +289,16 @@ class _Window:
 class Ticket:
     """One attempt at one executor, from ``HealthBook.begin`` to ``HealthBook.end``."""
 
-    __slots__ = ("_record", "has_first_byte", "is_ended", "model", "peer", "started_at")
+    __slots__ = ("_record", "has_first_byte", "is_ended", "model", "peer", "scale", "size", "started_at")
 
-    def __init__(self, peer: PeerId, model: str, record: _Record, *, started_at: float) -> None:
+    def __init__(
+        self, peer: PeerId, model: str, record: _Record, *, started_at: float, size: int, scale: float
+    ) -> None:
         self.peer = peer
         self.model = model
         self.started_at = started_at
+        self.size = size
+        self.scale = scale
         self.has_first_byte = False
         self.is_ended = False
         self._record = record
@@ -308,7 +315,8 @@ class HealthBook:
     def __init__(self, limits: HealthLimits | None = None) -> None:
         self._limits = limits or HealthLimits()
         self._records: OrderedDict[tuple[PeerId, str], _Record] = OrderedDict()
-        self._windows: OrderedDict[str, _Window] = OrderedDict()
+        self._windows: OrderedDict[str, tuple[_Window, _Window]] = OrderedDict()
+        """By model: times to first token as if every body had the usual size, and sizes of bodies."""
         self._turns = 0
         self._busy = 0
 
@@ -316,11 +324,12 @@ class HealthBook:
         return len(self._records)
 
     # ------------------------------------------------------------ attempts
-    def begin(self, peer: PeerId, model: str, now: float, *, prior_s: float = DEFAULT_TTFT_S) -> Ticket:
+    def begin(self, peer: PeerId, model: str, now: float, *, prior_s: float = DEFAULT_TTFT_S, size: int = 0) -> Ticket:
         """An attempt starts. It must be ended by ``end``, whatever happens.
 
         Args:
             prior_s: what to believe of an executor that was never used, see ``prior``.
+            size: bytes of the request's body.
         """
         key = (peer, model)
         record = self._records.get(key)
@@ -332,7 +341,7 @@ class HealthBook:
         self._turns += 1
         record.turn = self._turns
         record.in_flight += 1
-        ticket = Ticket(peer, model, record, started_at=now)
+        ticket = Ticket(peer, model, record, started_at=now, size=size, scale=self.scale(model, size))
         if record.is_due(now):
             record.probe = ticket
         return ticket
@@ -353,7 +362,7 @@ class HealthBook:
         record = ticket._record
         record.observe(ttft_s, now)
         record.refusals = 0
-        self._sample(ticket.model, ttft_s)
+        self._sample(ticket, ttft_s)
         is_probe = ticket.is_probe
         if is_probe or (not record.is_open and ticket.started_at >= record.struck_at):
             record.forgive(ttft_s)
@@ -392,7 +401,7 @@ class HealthBook:
         if outcome is Outcome.OUTRUN:
             if not ticket.has_first_byte and elapsed_s > record.estimate(now, record.prior_s):
                 record.observe(elapsed_s, now)
-                self._sample(ticket.model, elapsed_s)
+                self._sample(ticket, elapsed_s)
             return
         if outcome is Outcome.OK:
             if not record.is_open:
@@ -411,7 +420,7 @@ class HealthBook:
             return
         if outcome is Outcome.TIMEOUT:
             # Counts as at least so long: when everything gets slow the budget must grow.
-            self._sample(ticket.model, elapsed_s)
+            self._sample(ticket, elapsed_s)
         if record.is_open and not is_probe:
             return  # began before the circuit opened: tells nothing new
         if ticket.started_at >= record.struck_at:  # of those that were lost together only one strikes
@@ -433,14 +442,15 @@ class HealthBook:
             record.struck_at = now
             record.probe_at = record.not_before
 
-    def _sample(self, model: str, ttft_s: float) -> None:
-        window = self._windows.get(model)
-        if window is None:
+    def _sample(self, ticket: Ticket, ttft_s: float) -> None:
+        windows = self._windows.get(ticket.model)
+        if windows is None:
             if len(self._windows) >= self._limits.max_models:
                 self._windows.popitem(last=False)
-            window = self._windows[model] = _Window()
-        self._windows.move_to_end(model)
-        window.add(ttft_s)
+            windows = self._windows[ticket.model] = (_Window(), _Window())
+        self._windows.move_to_end(ticket.model)
+        windows[0].add(ttft_s / ticket.scale)
+        windows[1].add(ticket.size)
 
     # ------------------------------------------------------------ questions
     @staticmethod
@@ -464,18 +474,28 @@ class HealthBook:
         return Circuit.CLOSED if record is None else record.circuit(now)
 
     def p95_ttft_s(self, model: str) -> float | None:
-        """95th percentile of the model's last 256 times to first token, timeouts included; None below 20."""
-        window = self._windows.get(model)
-        return None if window is None else window.p95()
+        """95th percentile of the model's last 256 times to first token for a body of the usual size, timeouts included;
+        None below 20.
+        """
+        windows = self._windows.get(model)
+        return None if windows is None else windows[0].p95()
 
-    def first_byte_budget_s(self, model: str, *, attempt: int = 1) -> float:
+    def scale(self, model: str, size: int) -> float:
+        """How many times the usual a body of ``size`` bytes has; 1 up to the usual, which is the median."""
+        windows = self._windows.get(model)
+        usual = None if windows is None else windows[1].median()
+        return max(1.0, size / usual) if usual else 1.0
+
+    def first_byte_budget_s(self, model: str, *, attempt: int = 1, size: int = 0) -> float:
         """How long to wait for a first byte before the next executor is tried: 3 x p95, doubled with each attempt.
 
-        Between the floor and the ceiling of the limits; the initial budget while the p95 is unknown.
+        Between the floor and the ceiling of the limits; the initial budget while the p95 is unknown. More in proportion
+        for a body of ``size`` bytes that is longer than usual: a long prompt takes every executor long to read, and
+        must not be begun at one after the other.
         """
         p95_s = self.p95_ttft_s(model)
         base_s = self._limits.budget_initial_s if p95_s is None else BUDGET_FACTOR * p95_s
-        base_s = max(self._limits.budget_floor_s, base_s)
+        base_s = max(self._limits.budget_floor_s, base_s) * self.scale(model, size)
         return min(self._limits.budget_ceiling_s, base_s * 2.0 ** min(16, max(0, attempt - 1)))
 
     def snapshot(self, now: float) -> list[HealthView]:

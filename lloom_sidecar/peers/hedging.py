@@ -51,7 +51,10 @@ class HedgeBudget:
         return True
 
 
-def hedge_after_s(health: HealthBook, model: str) -> float | None:
-    """How long to wait for the first byte before a second executor is asked; None while too little is known."""
+def hedge_after_s(health: HealthBook, model: str, size: int = 0) -> float | None:
+    """How long to wait for the first byte before a second executor is asked; None while too little is known.
+
+    ``size``: bytes of the request's body; one that is longer than usual takes longer.
+    """
     p95_s = health.p95_ttft_s(model)
-    return None if p95_s is None else max(MIN_AFTER_S, p95_s)
+    return None if p95_s is None else max(MIN_AFTER_S, p95_s * health.scale(model, size))

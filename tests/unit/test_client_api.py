@@ -24,6 +24,7 @@ from lloom_sidecar.errors import (
     NoExecutorError,
     PeerBusyError,
     RefusedError,
+    RoutingError,
     StreamLostError,
     UnknownModelError,
 )
@@ -88,8 +89,12 @@ class FakeRouter(Router):
         self.wanted: list[Wanted] = []
         self.policies: list[Policy] = []
         self.marks: dict[str, Any] = {}
+        self.absent: RoutingError = UnknownModelError("no such model")
         self.began = trio.Event()
         self.ended = trio.Event()
+
+    def absence(self, model: str) -> RoutingError:
+        return self.absent
 
     async def run(self, call: Call, wanted: Wanted, policy: Policy, use: Any, route: Route) -> None:
         self.calls.append(call)
@@ -250,6 +255,9 @@ class TestModels:
             missing = await b.client.get("/v1/models/x")
             assert missing.status_code == 404
             assert error_of(missing)["code"] == "model_not_found"
+            b.router.absent = NoExecutorError("not complete", retry_after_s=2.0)
+            missing = await b.client.get("/v1/models/x")
+            assert (missing.status_code, missing.headers["retry-after"]) == (503, "2")
 
 
 class TestCalls:
@@ -393,6 +401,7 @@ class TestCalls:
             (NoExecutorError("none", retry_after_s=7.4), 503, "no_executor", "7"),
             (DaemonUnavailableError("away"), 503, "daemon_unavailable", "2"),
             (PeerBusyError("busy", retry_after_s=0.1), 503, "peer_busy", "1"),
+            (RefusedError("many", code="peer_limit", http_status=429), 429, "peer_limit", "2"),
             (
                 RefusedError("r", code="backend_rejected", http_status=422, body=b'{"error":{"message":"b"}}'),
                 422,

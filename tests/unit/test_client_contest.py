@@ -181,6 +181,12 @@ class TestHedge:
         assert estimates[slow] == pytest.approx(0.15)
         assert {view.failures_in_a_row for view in b.health.snapshot(trio.current_time())} == {0}
 
+    async def test_a_prompt_that_takes_both_long_is_answered(self, autojump_clock: MockClock) -> None:
+        b, slow, fast = self.slow_and_fast()
+        b.scripts[slow], b.scripts[fast] = [[3.0, b"x"]], [[3.0, b"x"]]
+        await b.run(hedge=Hedge.FREE)
+        assert dict(b.reasons()) == {slow: "lost", fast: ""}  # the first was given up within its budget
+
     async def test_the_first_may_still_win(self, autojump_clock: MockClock) -> None:
         b, slow, fast = self.slow_and_fast()
         b.scripts[slow], b.scripts[fast] = [[0.12, b"x"]], [[9.0, b"x"]]

@@ -374,6 +374,29 @@ def test_the_budget_follows_the_p95_within_its_range() -> None:
     assert d.health.p95_ttft_s("unknown") is None
 
 
+def test_a_long_prompt_has_a_longer_budget() -> None:
+    d = Dialogue()
+    for number in range(30):
+        assert (d.health.scale("m", 10**6) == 1.0) is (number < 20)
+        ticket = d.health.begin(A, "m", d.now, size=1000)
+        d.now += 1.0
+        d.health.end(ticket, Outcome.OK, d.now)
+    assert d.health.scale("m", 500) == d.health.scale("m", 1000) == 1.0
+    assert d.health.scale("m", 4000) == 4.0
+    assert d.health.first_byte_budget_s("m", size=4000) == pytest.approx(12.0)
+    assert d.health.first_byte_budget_s("m", size=10**9) == 60.0
+    # What it takes then is usual for one of that size, and changes nothing for the others.
+    for _ in range(30):
+        ticket = d.health.begin(A, "m", d.now, size=10_000)
+        assert ticket.scale == 10.0
+        d.now += 10.0
+        d.health.end(ticket, Outcome.OK, d.now)
+        d.health._windows["m"][1].add(1000)
+        d.health._windows["m"][1].add(1000)
+    assert d.health.p95_ttft_s("m") == pytest.approx(1.0)
+    assert d.health.scale("n", 99) == 1.0
+
+
 def test_timeouts_let_the_budget_grow() -> None:
     d = Dialogue()
     for _ in range(20):
@@ -411,5 +434,5 @@ def test_the_window_of_a_model_is_bounded() -> None:
     d = Dialogue()
     for _ in range(600):
         d.attempt(Outcome.OK, takes_s=0.5)
-    window = d.health._windows["m"]
-    assert len(window.recent) == len(window.ordered) == 256
+    for window in d.health._windows["m"]:
+        assert len(window.recent) == len(window.ordered) == 256
