@@ -57,44 +57,57 @@ def test_round_robin_and_pinning(network: Network) -> None:
             assert answer.headers["x-lloom-executor"] == node.peer
 
 
+def race(client: Node, prompt: str) -> tuple[httpx.Headers, str]:
+    """(headers, text) of a streamed answer that was raced for."""
+    body = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": prompt}]}
+    url = f"{client.api}/v1/chat/completions"
+    with (
+        httpx.Client(timeout=60, trust_env=False) as http,
+        http.stream("POST", url, json=body, headers={"x-lloom-policy": "race"}) as answer,
+    ):
+        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return answer.headers, "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in lines[:-1])
+
+
 def test_a_race_has_one_winner_and_the_loser_stops(network: Network) -> None:
     client = network.client
-    answer = ask(client, fresh("chunks=20 delay_ms=20 first_ms=50"), x_lloom_policy="race")
-    assert (answer.headers["x-lloom-raced"], answer.headers["x-lloom-attempts"]) == ("2", "2")
-    winner = network.node_of(answer.headers["x-lloom-executor"])
+    tag = next(numbers)
+    headers, text = race(client, f"tag={tag} chunks=100 delay_ms=20 first_ms=50")
+    assert text == "".join(f" {tag}.{i}" for i in range(100))
+    assert (headers["x-lloom-raced"], headers["x-lloom-attempts"]) == ("2", "2")
+
+    def outcomes(node: Node) -> list[str | None]:
+        log = network.backend_of(node.peer).requests()
+        return [request["outcome"] for request in log if request["script"].get("tag") == tag]
+
+    winner = network.node_of(headers["x-lloom-executor"])
     (loser,) = [node for node in network.executors if node is not winner]
-    assert network.backend_of(winner.peer).requests()[-1]["outcome"] == "complete"
-    wait_until(
-        lambda: network.backend_of(loser.peer).requests()[-1]["outcome"] == "gone",
-        "the loser's backend to be stopped",
-    )
-    told = json.loads(client.ctl("explain", answer.headers["x-request-id"], "--json").stdout)["request"]
+    assert outcomes(winner) == ["complete"]
+    assert set(outcomes(loser)) <= {"gone"}  # none if it was cancelled before its backend heard of it
+    told = json.loads(client.ctl("explain", headers["x-request-id"], "--json").stdout)["request"]
     assert (told["raced"], told["policy"], told["code"]) == (2, "race", "ok")
     assert [one["reason"] for one in told["attempts"]] == ["raced"]
 
 
-def test_a_streamed_race(network: Network) -> None:
-    body = {"model": "scripted", "stream": True, "messages": [{"role": "user", "content": fresh("chunks=30")}]}
-    with httpx.Client(timeout=60, trust_env=False) as http:
-        for _ in range(10):
-            url = f"{network.client.api}/v1/chat/completions"
-            with http.stream("POST", url, json=body, headers={"x-lloom-policy": "race"}) as answer:
-                lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
-            assert lines[-1] == "[DONE]"
-            text = "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in lines[:-1])
-            assert text == "".join(f" w{i}" for i in range(30))
+def test_an_unstreamed_race(network: Network) -> None:
+    for _ in range(10):
+        answer = ask(network.client, fresh("chunks=5"), x_lloom_policy="race")
+        assert answer.json()["choices"][0]["message"]["content"] == " w0 w1 w2 w3 w4"
+        assert answer.headers["x-lloom-raced"] == "2"
 
 
 def test_a_slow_first_token_is_hedged(network: Network) -> None:
     client = network.client
     for _ in range(60):  # what the model's first tokens usually take, and a hedge that is earned
         ask(client, fresh("chunks=1 first_ms=5"), x_lloom_policy="round-robin")
-    answer = ask(client, fresh("chunks=1 first_ms=700"), x_lloom_hedge="on")
+    answer = ask(client, fresh("chunks=1 first_ms=450"), x_lloom_hedge="on")
     assert answer.headers["x-lloom-hedged"] == "1"
     assert answer.headers["x-lloom-attempts"] == "2"
     told = json.loads(client.ctl("request", "show", answer.headers["x-request-id"], "--json").stdout)
-    assert [one["reason"] for one in told["attempts"]] == ["hedged"]
-    assert "x-lloom-hedged" not in ask(client, fresh("chunks=1 first_ms=700")).headers
+    # Cancelled when the other one answered, unless its own time was over first.
+    assert [one["reason"] for one in told["attempts"]] in (["hedged"], ["first_byte_timeout"])
+    assert "x-lloom-hedged" not in ask(client, fresh("chunks=1 first_ms=450")).headers
 
 
 def test_a_conversation_stays_where_its_beginning_is_cached(network: Network) -> None:
@@ -179,7 +192,11 @@ def stop_and_start(executor: Node) -> None:
     executor.start()
 
 
-@pytest.mark.parametrize("act", [kill_and_start, stop_and_start, lambda executor: executor.kill("p2pd")])
+def kill_p2pd(executor: Node) -> None:
+    executor.kill("p2pd")
+
+
+@pytest.mark.parametrize("act", [kill_and_start, stop_and_start, kill_p2pd])
 def test_a_single_executor_that_restarts_is_a_short_delay(
     single: Network, act: Callable[[Node], None], request: pytest.FixtureRequest
 ) -> None:
