@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -180,6 +181,51 @@ def test_an_executor_that_falls_silent_costs_a_request_little(network: Network, 
         explain=client.log_tail,
     )
     print(f"{what} goes on: used again after {time.monotonic() - began_at:.3f} s")
+
+
+def ledger(client: Node, request: str) -> list[dict[str, Any]]:
+    """What the client's ledger says of a request's exchanges."""
+    with client.admin() as admin:
+        return [dict(one) for one in admin.exchanges(request=request)]
+
+
+def test_of_a_race_for_priced_answers_exactly_one_is_owed(priced: Network) -> None:
+    client = priced.client
+    alone = ask(client, fresh("chunks=2"), x_lloom_policy="race")
+    assert "x-lloom-raced" not in alone.headers, "priced executors race only when that is allowed"
+    for _ in range(5):
+        answer = ask(client, fresh("chunks=5 delay_ms=10"), x_lloom_policy="race", x_lloom_hedge="on")
+        assert answer.headers["x-lloom-raced"] == "2"
+        request = answer.headers["x-request-id"]
+        rows = wait_until(
+            lambda request=request: len(found := ledger(client, request)) == 2 and found,  # type: ignore[misc]
+            "both exchanges to be settled",
+        )
+        (owed,) = [row for row in rows if row["owed"]]
+        (other,) = [row for row in rows if not row["owed"]]
+        assert (owed["peer"], owed["reason"]) == (answer.headers["x-lloom-executor"], "")
+        assert owed["cost"] > 0
+        assert (other["reason"], other["cost"] if other["outcome"] == "" else 0) == ("raced", 0)
+
+
+def test_a_price_that_rises_is_paid_up_to_the_ceiling(priced: Network) -> None:
+    client = priced.client
+    for executor in priced.executors:
+        assert executor.ctl("executor", "price", "scripted", "2000000/2000000 EUR").returncode == 0
+    # Whether the client has heard of the new price or is told by price_changed: it pays it, or does not ask.
+    assert ask(client, fresh("chunks=2"), x_lloom_max_price="3000000/3000000 EUR").status_code == 200
+    body = {"model": "scripted", "messages": [{"role": "user", "content": fresh("chunks=2")}]}
+    answer = client.post("/v1/chat/completions", body, headers={"x-lloom-max-price": "1000000/1000000 EUR"})
+    assert answer.status_code == 402
+
+
+@pytest.fixture(scope="module")
+def priced() -> Iterator[Network]:
+    price = ("--price-prompt", "1000000", "--price-completion", "1000000", "--price-currency", "EUR")
+    with Network(validators=1, executors=0, clients=1, flags=["--heartbeat", "1"]) as network:
+        network.executors += [network.add("executor", *price), network.add("executor", *price)]
+        network.wait_known(network.client)
+        yield network
 
 
 def kill_and_start(executor: Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from . import REFUSES, SLOW, WAYS, WEDGES, Replay
 
 SEEDS = (1, 2, 3)
@@ -18,10 +20,14 @@ def main() -> None:
         bad = [sum(result.attempts[number] for result in results) / total for number in (SLOW, REFUSES, WEDGES)]
         within = sum(result.within for result in results) / len(results)
         print(
-            f"| {name} | {within:.2%} | {max(r.percentile(0.99) for r in results):.2f} s "
-            f"| {max(r.percentile(1.0) for r in results):.2f} s | {', '.join(f'{share:.2%}' for share in bad)} "
-            f"| {max(r.back_after_s for r in results):.1f} s |"
+            f"| {name} | {within:.2%} | {_seconds(max(r.percentile(0.99) for r in results))} "
+            f"| {_seconds(max(r.percentile(1.0) for r in results))} | {', '.join(f'{share:.2%}' for share in bad)} "
+            f"| {_seconds(max(r.back_after_s for r in results))} |"
         )
+
+
+def _seconds(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.2f} s"
 
 
 if __name__ == "__main__":
