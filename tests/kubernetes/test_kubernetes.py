@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,10 @@ def images() -> Iterator[Path]:
         pause.mkdir()
         source = ROOT / "tests" / "kubernetes" / "kubernetes_cluster" / "pause.c"
         subprocess.run(["gcc", "-static", "-Os", "-o", pause / "pause", source], check=True, timeout=60)
-        (pause / "Dockerfile").write_text('FROM scratch\nCOPY pause /pause\nENTRYPOINT ["/pause"]\n')
-        engine.run("build", "-t", PAUSE_IMAGE, str(pause))
+        packed = Path(folder) / "pause.tar"
+        with tarfile.open(packed, "w") as tar:
+            tar.add(pause / "pause", "pause")
+        engine.run("import", "--change", 'ENTRYPOINT ["/pause"]', str(packed), PAUSE_IMAGE)
         archive = Path(folder) / "images.tar"
         engine.run("save", "-o", str(archive), IMAGE, PAUSE_IMAGE)
         yield archive
@@ -143,7 +146,10 @@ def test_a_streamed_answer_through_the_gateways_service(cluster: Cluster) -> Non
     def answered() -> dict[str, Any]:
         return ask(cluster, "lloom-validator-0", "-c", "lloom", url="http://lloom-gateway:4880")
 
-    answer = cluster.wait(answered, "an answer", 60)
+    try:
+        answer = cluster.wait(answered, "an answer", 60)
+    except ClusterError as exc:
+        pytest.fail(f"{exc}\n{explain(cluster)}", pytrace=False)
     assert answer["last"] == "data: [DONE]"
     assert answer["count"] > 1
 

@@ -81,14 +81,18 @@ class Cluster:
     def wait(self, condition: Callable[[], T], what: str, timeout_s: float) -> T:
         """The first true value of ``condition``, which may raise ClusterError. Raises ClusterError with the pods."""
         deadline = time.monotonic() + timeout_s
+        last = ""
         while True:
-            with contextlib.suppress(ClusterError):
+            try:
                 found = condition()
+            except ClusterError as exc:
+                last = str(exc)
+            else:
                 if found:
                     return found
             if time.monotonic() > deadline:
                 pods = self.kubectl("get", "pods", "-A", "-o", "wide")
-                raise ClusterError(f"waited {timeout_s:.0f} s for {what}\n{pods}")
+                raise ClusterError(f"waited {timeout_s:.0f} s for {what}: {last[-1500:]}\n{pods}")
             pause(POLL_S)
 
 

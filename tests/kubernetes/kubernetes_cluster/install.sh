@@ -1,8 +1,8 @@
 #!/bin/bash
-# Debian's part of the cluster: etcd, containerd, runc, CNI plugins. Needs root; starts nothing.
+# Debian's part of the cluster: etcd, containerd, runc, CNI plugins, nftables. Needs root; starts nothing.
 set -euo pipefail
 packages=()
-for one in etcd:etcd-server containerd:containerd runc:runc conntrack:conntrack socat:socat openssl:openssl curl:curl; do
+for one in etcd:etcd-server containerd:containerd runc:runc conntrack:conntrack socat:socat nft:nftables openssl:openssl curl:curl; do
     command -v "${one%%:*}" >/dev/null || packages+=("${one##*:}")
 done
 [ -e /usr/lib/cni/bridge ] || packages+=(containernetworking-plugins)
