@@ -163,6 +163,7 @@ def measure_new_client(lab: Lab, figures: Figures, repeats: int) -> None:
     for _ in range(repeats):
         with lab.extra("client") as (node, began_at):
             complete = lab.until([node], lab.is_complete(peers), since=began_at, what="the new client's catalogue")
+            node.wait_up()
             figures.add("new client: process started -> catalogue complete", list(complete.values()), wanted=2.0)
             with node.admin() as admin:
                 events = [event for event in admin.events(follow=False) if event.get("peer") in {None, *peers, *hosts}]

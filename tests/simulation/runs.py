@@ -82,7 +82,7 @@ def _variants(large: int, middle: Sequence[int], seed: int, window_s: float) -> 
         return Job("variants", name, replace(parameters, **changes))
 
     window = _window(large, window_s)
-    base, killed = (make(large, seed, window) for make in (traffic, deaths))
+    killed = deaths(large, seed, window)
     # As it was: subscribed before there is anybody, in full for each later topic peer.
     before: dict[str, Any] = {"mesh_forms_s": (0.3, 10.0), "introduces": False, "reannounces": True}
     shard = max(10, large // 20)
@@ -101,10 +101,8 @@ def _variants(large: int, middle: Sequence[int], seed: int, window_s: float) -> 
         job("idle connections closed after 300 s", traffic(last, seed, _window(last, window_s)), idle_peer_s=300.0),
         job("as it was", deaths(40, seed, window_s), **before),
         job("as it was", traffic(last, seed, _window(last, window_s)), **before),
-        job("as it was", replace(base, max_executors=10_000), **before),
         job("one topic of 20: churn", traffic(shard, seed, window_s)),
         job("one topic of 20: deaths", deaths(shard, seed, window_s)),
-        job("a book of 10,000 places", replace(base, max_executors=10_000)),
         job("10 s interval on one topic", killed, interval_s=10.0),
         job("hints of validators each 5 s", killed, hints_every_s=5.0),
     ]
