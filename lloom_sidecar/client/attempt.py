@@ -181,7 +181,7 @@ class Asker:
             self._book.mark_served(peer)
             return None
         outcome = _outcome_of(failure)
-        returns_s = None if outcome is Outcome.CANCELLED else failure.retry_after_s
+        returns_s = None if outcome is Outcome.ANSWERED else failure.retry_after_s
         self._health.end(ticket, outcome, now, retry_after_s=returns_s)
         if not isinstance(failure, RefusedError):
             self._book.mark_failed(peer, now)
@@ -199,7 +199,7 @@ class Asker:
 
 def _outcome_of(failure: LloomError) -> Outcome:
     if blames_request(failure) or failure.code in _OF_THIS_REQUEST:
-        return Outcome.CANCELLED  # says nothing of the executor, and a quick word is no quick answer
+        return Outcome.ANSWERED
     if isinstance(failure, PeerTimeoutError):
         return Outcome.TIMEOUT
     if isinstance(failure, PeerBusyError) or failure.http_status in (429, 503):

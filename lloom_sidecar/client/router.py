@@ -131,7 +131,10 @@ class Router:
                     is_worth_it = await patience.wait(_when_the_only_one_returns(choice, error, tried))
                     tried = frozenset()
                 if not is_worth_it:
-                    raise error or choice.error(wanted.model)
+                    if error is not None or wanted.panics or not choice.filtered[Filtered.CIRCUIT_OPEN]:
+                        raise error or choice.error(wanted.model)
+                    # What it fails with tells the application more than that it failed before.
+                    wanted = replace(wanted, panics=True)
                 continue
             try:
                 failures = await self._ask(choice, call, wanted, use, route)

@@ -74,8 +74,10 @@ class Outcome(Enum):
     """The stream ended before END."""
     OUTRUN = "outrun"
     """Another executor that was asked the same answered first: without a first byte it counts as at least so slow."""
+    ANSWERED = "answered"
+    """It found the request at fault: it works, but a quick word is no quick answer."""
     CANCELLED = "cancelled"
-    """This node gave up for its own reasons (the app left, the request was wrong): says nothing."""
+    """This node gave up for its own reasons (the app left): says nothing."""
 
 
 class Circuit(Enum):
@@ -342,7 +344,8 @@ class HealthBook:
         record.turn = self._turns
         record.in_flight += 1
         ticket = Ticket(peer, model, record, started_at=now, size=size, scale=self.scale(model, size))
-        if record.is_due(now):
+        if record.is_due(now) or (record.is_open and record.probe is None):
+            # An open circuit is passed before its time only when there is nobody else.
             record.probe = ticket
         return ticket
 
@@ -403,7 +406,10 @@ class HealthBook:
                 record.observe(elapsed_s, now)
                 self._sample(ticket, elapsed_s)
             return
-        if outcome is Outcome.OK:
+        if outcome is Outcome.ANSWERED and (is_probe or not record.is_open):
+            record.probe_at = None
+            record.is_open = False
+        if outcome in (Outcome.OK, Outcome.ANSWERED):
             if not record.is_open:
                 record.failures = 0
                 record.opened = 0

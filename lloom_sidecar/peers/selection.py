@@ -108,6 +108,8 @@ class Wanted:
     members_only: bool = False
     """Only executors of our network, though the book holds others."""
     race: int = DEFAULT_RACE
+    panics: bool = False
+    """Nobody else is left: an open circuit rules nobody out. Source: Envoy's panic threshold."""
     hedge: Hedge = Hedge.OFF
     """Whether several may be asked. A race is a wish of its own: it runs among the free ones also when this is off."""
 
@@ -337,7 +339,7 @@ class _Room:
         load = view.load
         prior_s = self._health.prior(load.ttft_s)
         judged = self._health.judge(view.peer, offer.id, self._now, prior_s=prior_s)
-        if judged.verdict is not None:
+        if judged.verdict is not None and not (request.panics and judged.verdict is Verdict.CIRCUIT_OPEN):
             filtered = _FILTERED_BY_VERDICT[judged.verdict]
         # Ours is exact, the announced one counts everybody but is up to an interval old.
         in_flight = max(judged.in_flight, load.in_flight + load.queued)

@@ -282,6 +282,23 @@ class TestAffinity:
         assert (await b.run(policy=Policy.ADAPTIVE, call=self.call(*said))).executor == second
 
 
+async def test_an_open_circuit_stops_nobody_when_there_is_nobody_else(autojump_clock: MockClock) -> None:
+    """The application hears what is wrong, not that something was; and the first good answer ends it."""
+    b = Bench()
+    who = b.add(1, *(refused(500) for _ in range(12)))
+    for _ in range(11):
+        with pytest.raises(RefusedError):
+            await b.run()
+    assert b.health.circuit(who, "m", trio.current_time()) is Circuit.OPEN
+    asked = len(b.asked)
+    with pytest.raises(RefusedError):
+        await b.run()
+    assert len(b.asked) == asked + 1
+    await b.run()
+    assert b.answered == [who]
+    assert b.health.circuit(who, "m", trio.current_time()) is Circuit.CLOSED
+
+
 class TestSettling:
     """Every REQUEST that went out is settled once, and one at most is owed."""
 

@@ -141,6 +141,25 @@ def test_a_cancelled_attempt_says_nothing() -> None:
     assert (d.estimate_s, d.verdict) == (before, None)
 
 
+def test_a_word_on_the_request_proves_that_it_works_and_not_how_fast() -> None:
+    d = Dialogue()
+    d.attempt(Outcome.OK, takes_s=0.1)
+    before = d.estimate_s
+    d.attempt(Outcome.ANSWERED, takes_s=0.001)
+    assert (d.estimate_s, d.verdict) == (pytest.approx(before), None)
+    for _ in range(FAILURES_TO_OPEN):
+        d.attempt(Outcome.FAILED)
+        d.attempt(Outcome.ANSWERED)
+    assert d.health.circuit(A, "m", d.now) is Circuit.CLOSED
+    for _ in range(FAILURES_TO_OPEN):
+        d.attempt(Outcome.FAILED)
+    assert d.health.circuit(A, "m", d.now) is Circuit.OPEN
+    late = d.begin()
+    assert late.is_probe, "passed before its time: nobody else is left"
+    d.health.end(late, Outcome.ANSWERED, d.now)
+    assert d.health.circuit(A, "m", d.now) is Circuit.CLOSED
+
+
 def test_in_flight_counts_tickets_and_each_ends_once() -> None:
     d = Dialogue()
     first, second = d.begin(), d.begin()
