@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +124,21 @@ class Lan:
             yield
         finally:
             run(*port, "up")
+
+    def cut(self, *away: Host) -> None:
+        """Put these hosts on a switch of their own: they still reach each other, and nobody else. Links stay up."""
+        run("ip", "-n", self._switch, "link", "add", "br1", "type", "bridge", "mcast_snooping", "0")
+        run("ip", "-n", self._switch, "link", "set", "br1", "up")
+        self._plug("br1", away)
+
+    def heal(self, *away: Host) -> None:
+        """Undo ``cut``."""
+        self._plug("br0", away)
+        run("ip", "-n", self._switch, "link", "del", "br1")
+
+    def _plug(self, bridge: str, hosts: Iterable[Host]) -> None:
+        for host in hosts:
+            run("ip", "-n", self._switch, "link", "set", f"p{self.hosts.index(host) + 1}", "master", bridge)
 
     def remove(self) -> None:
         """Delete every namespace; the links between them go with them."""
