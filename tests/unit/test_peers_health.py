@@ -146,7 +146,8 @@ def test_a_word_on_the_request_proves_that_it_works_and_not_how_fast() -> None:
     d.attempt(Outcome.OK, takes_s=0.1)
     before = d.estimate_s
     d.attempt(Outcome.ANSWERED, takes_s=0.001)
-    assert (d.estimate_s, d.verdict) == (pytest.approx(before), None)
+    assert d.estimate_s == pytest.approx(before)
+    assert d.verdict is None
     for _ in range(FAILURES_TO_OPEN):
         d.attempt(Outcome.FAILED)
         d.attempt(Outcome.ANSWERED)
