@@ -199,6 +199,14 @@ def _model_id(value: Any) -> str:
     return check_model_id(_text(value))
 
 
+def _model_digest(value: Any) -> str:
+    text = _text(value)
+    model, _, digest = text.rpartition("=")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise ValueError(f"{text[:300]!r} does not end with a SHA-256, 64 hexadecimal digits")
+    return f"{check_model_id(model)}={digest.lower()}" if model else digest.lower()
+
+
 def _http_url(value: Any) -> str:
     text = _text(value)
     parts = urlsplit(text)
@@ -410,6 +418,17 @@ class Config:
             "--model-alias",
             "executor",
             "Name under which the one model is offered, instead of its own.",
+        ),
+    )
+    model_digests: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            _Kind("digest", "[MODEL=]SHA256", _model_digest),
+            "--model-digest",
+            "executor",
+            "SHA-256 of the weights that the backend serves, MODEL=SHA256 where it serves several. An answer cut "
+            "elsewhere goes on only where the weights are known to be the same. With model it is computed.",
+            many=True,
         ),
     )
     slots: int | None = field(
@@ -643,6 +662,16 @@ class Config:
             "Ask a second executor when the first is slower than 95 % of the model's first tokens, for at most 2 % of "
             "the requests: among those that charge nothing (free), or all (on). Both see the prompt. A request's "
             "own header x-lloom-hedge goes before it.",
+        ),
+    )
+    resume: bool = field(
+        default=False,
+        metadata=_about(
+            _SWITCH,
+            "--resume",
+            "api",
+            "Let an executor of the same weights go on with a streamed answer that was cut, where that is possible; a "
+            "request's own header x-lloom-resume (on or off) goes before it. Then more than one executor sees it.",
         ),
     )
     max_body_bytes: int = field(
@@ -1245,6 +1274,10 @@ class _Loader:
             self._check_secret("backend_key_file", config.backend_key_file)
             if config.backend is None and not self._is_given("backend"):
                 self._faults.append(f"{self._label('backend_key_file')} has no effect without a backend")
+        if config.model_digests and config.model is not None:
+            self._faults.append(
+                f"{self._label('model_digests')} is for a backend: of {self._label('model')} the digest is computed"
+            )
         if config.max_tokens_default > config.max_tokens_limit:
             self._faults.append(
                 f"max_tokens_default ({config.max_tokens_default}) is over max_tokens_limit ({config.max_tokens_limit})"

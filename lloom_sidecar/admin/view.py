@@ -219,6 +219,8 @@ class OfferInfo(TypedDict):
     price: PriceInfo
     features: list[str]
     """Empty = unknown."""
+    digest: str
+    """SHA-256 of the weights, hexadecimal; empty = unknown."""
     ttft_ms: float | None
     """Time to the first token: measured here, else as it announced; None = unknown."""
     tokens_per_s: float | None

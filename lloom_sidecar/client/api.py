@@ -47,10 +47,12 @@ from .openai import (
     model_object,
     read_body,
 )
+from .part import Part
 from .records import RequestRecords
+from .resume import ResumedAnswer
 from .route import Route
 from .router import Router
-from .wishes import hedge, max_cost, max_price, pinned, policy, priority, timeout_s
+from .wishes import hedge, max_cost, max_price, pinned, policy, priority, resume, timeout_s
 
 DEFAULT_DEADLINE_S: Final = 600.0
 """Longest time for one answer. OpenAI's own clients give up after as long."""
@@ -101,6 +103,8 @@ class ApiSettings:
     max_body_bytes: int = MAX_BODY_BYTES
     """Of a body that came compressed; what comes as it is was bounded by the server."""
     hedge: Hedge = Hedge.OFF
+    resume: bool = False
+    """Whether a cut answer goes on elsewhere for a request that does not say."""
     max_price: Price | None = None
     """Ceiling for every request that brings none of its own; None = none."""
 
@@ -273,31 +277,77 @@ class OpenAiApi:
             hedge=hedge(request) or settings.hedge,
         )
         streams = asked.stream and operation in STREAMED_OPERATIONS
+        chosen_by = policy(request) or settings.policy
+        asked_to_resume = resume(request)
+        resumes = streams and (settings.resume if asked_to_resume is None else asked_to_resume)
 
         async def use(route: Route, exchange: Exchange) -> None:
             if streams:
-                await self._relay(response, route, exchange, call, asked.n)
+                await self._relay(response, route, exchange, call, TailHolder(asked.n))
             else:
                 await self._collect(response, route, exchange, call)
 
         with trio.move_on_after(deadline_s) as deadline:
-            await self._router.run(call, wanted, policy(request) or settings.policy, use, route)
+            if resumes:
+                await self._run_parts(response, call, wanted, chosen_by, route)
+            else:
+                await self._router.run(call, wanted, chosen_by, use, route)
         if deadline.cancelled_caught:
             raise PeerTimeoutError(f"no complete answer within {deadline_s:g} s", code="deadline")
 
-    async def _relay(self, response: Response, route: Route, exchange: Exchange, call: Call, n: int) -> None:
-        tail = TailHolder(n)
-        while (data := await exchange.receive()) is not None:
+    async def _run_parts(self, response: Response, call: Call, wanted: Wanted, chosen_by: Policy, route: Route) -> None:
+        """As ``Router.run``, and on at another executor of the same weights where the answer is cut in the middle.
+
+        Each part is an exchange of its own, under a key of its own: what was cut before it is settled for itself.
+        Raises as ``Router.run``; a loss that could not be resumed says why in ``details["not_resumed"]``.
+        """
+        answer = ResumedAnswer(call, wanted)
+        part_route = route
+
+        async def use(route: Route, exchange: Exchange) -> None:
+            part = answer.begin_part(exchange, self._digest_of(call.model, exchange.peer))
+            await self._relay(response, route, exchange, call, part)
+
+        while True:
+            try:
+                await self._router.run(answer.call, answer.wanted, chosen_by, use, part_route)
+                return
+            except LloomError as exc:
+                seconds_left = trio.current_effective_deadline() - trio.current_time()
+                ending = answer.lose(exc, part_route.winner, len(route.attempts), seconds_left)
+            finally:
+                if part_route is not route:
+                    route.add_part(part_route)
+            if ending:
+                await response.finish(ending)
+                return
+            part_route = route.next_part()
+
+    def _digest_of(self, model: str, peer: PeerId) -> bytes:
+        """What an executor announced of its weights, b"" when nothing."""
+        return next((view.offer.digest for view in self._book.index_of(model) if view.peer == peer), b"")
+
+    async def _relay(
+        self, response: Response, route: Route, exchange: Exchange, call: Call, tail: TailHolder | Part
+    ) -> None:
+        while not tail.is_whole and (data := await exchange.receive()) is not None:
             ready = tail.feed(data)
             if ready:
                 if route.winner is not exchange:
-                    route.commit(exchange)
-                    await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
+                    await self._begin(response, route, exchange, call)
                 await response.write(ready)
         if route.winner is not exchange:
-            route.commit(exchange)
-            await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
+            await self._begin(response, route, exchange, call)
         await response.finish(tail.release())
+
+    async def _begin(self, response: Response, route: Route, exchange: Exchange, call: Call) -> None:
+        """The first byte of an answer is there, or of its next part."""
+        route.commit(exchange)
+        if response.started:
+            # Server-sent events that are comments: shown to whoever looks at the wire, and to no program.
+            await response.write(f": lloom resumed at {exchange.peer}\n\n".encode())
+        else:
+            await response.start(200, [_EVENTS, _NO_CACHE, *_explain(route, exchange, call)])
 
     async def _collect(self, response: Response, route: Route, exchange: Exchange, call: Call) -> None:
         pieces: list[bytes] = []

@@ -22,6 +22,7 @@ OPERATION_OF_PATH: Final = {
     "/v1/embeddings": pb.OPERATION_EMBEDDINGS,
 }
 STREAMED_OPERATIONS: Final = frozenset({pb.OPERATION_CHAT, pb.OPERATION_COMPLETIONS})
+DONE: Final = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 MAX_HELD_BYTES: Final = 16 * 1024 * 1024
 """Most that an executor may send behind what looks like the end of its answer."""
@@ -62,6 +63,7 @@ class AskedFor:
     model: str
     stream: bool
     n: int
+    """Alternatives in its answer: of each of a text completion's prompts as many as the body's ``n``."""
 
 
 def read_body(body: bytes) -> AskedFor:
@@ -74,13 +76,17 @@ def read_body(body: bytes) -> AskedFor:
         raise ValueError("the body is not valid JSON") from exc
     if not document.model:
         raise ValueError("you must provide a model parameter")
-    return AskedFor(document.model, document.stream is True, max(1, document.n or 1))
+    prompt = document.prompt
+    # A list of numbers is one prompt, as tokens.
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return AskedFor(document.model, document.stream is True, max(1, document.n or 1) * prompts)
 
 
 class _Body(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     n: int | None = None
+    prompt: Any = None
 
 
 def error_type(status: int) -> str:
@@ -99,8 +105,10 @@ def error_document(error: LloomError, attempts: Sequence[Attempt] = ()) -> bytes
     if not isinstance(shown.get("code"), str):
         # llama.cpp gives an integer; OpenAI's clients expect text.
         shown["code"] = error.code
+    not_resumed = error.details.get("not_resumed")
     shown["lloom"] = {
         "code": error.code,
+        **({} if not_resumed is None else {"not_resumed": not_resumed}),
         "attempts": [
             {"executor": a.executor, "stage": a.stage, "reason": a.reason, "ms": round(a.ms, 1), "message": a.message}
             for a in attempts
@@ -164,6 +172,8 @@ class TailHolder:
     """
 
     __slots__ = ("_cutter", "_finished", "_held", "_held_bytes", "_n")
+    is_whole = False
+    """The answer ends with its receipt, never before."""
 
     def __init__(self, n: int = 1) -> None:
         self._n = n

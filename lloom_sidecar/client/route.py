@@ -52,6 +52,18 @@ class Route:
         """True once the application is about to get a byte: no other executor may take over."""
         return self.winner is not None
 
+    def next_part(self) -> Route:
+        """The way of the rest of an answer that was cut: a request of its own, in the same record."""
+        return Route(self.started_at, attempts=self.attempts, model=self.model, span=self.span, choices=self.choices)
+
+    def add_part(self, part: Route) -> None:
+        """``part``, which ``next_part`` gave, is over."""
+        self.asked += part.asked
+        self.executor = part.executor or self.executor
+        self.winner = part.winner or self.winner
+        self.raced = max(self.raced, part.raced)
+        self.is_hedged = self.is_hedged or part.is_hedged
+
     def commit(self, exchange: Exchange) -> None:
         """The application gets the answer of ``exchange`` and of no other. Called right before its first byte; again is
         harmless.

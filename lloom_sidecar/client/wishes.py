@@ -4,6 +4,7 @@
 |---|---|
 | ``x-lloom-policy`` | adaptive, cheapest, fastest, round-robin, race |
 | ``x-lloom-hedge`` | off, free, on |
+| ``x-lloom-resume`` | off, on |
 | ``x-lloom-pin-executor`` | peer ids, commas between |
 | ``x-lloom-max-price`` | ``PROMPT/COMPLETION CURRENCY``, minor units per million tokens, or free |
 | ``x-lloom-max-cost`` | minor units for the whole answer |
@@ -42,6 +43,17 @@ def policy(request: Request) -> Policy | None:
 def hedge(request: Request) -> Hedge | None:
     """Whether several executors may be asked."""
     return _word(request, "x-lloom-hedge", Hedge)
+
+
+def resume(request: Request) -> bool | None:
+    """Whether a streamed answer that is cut may go on at another executor."""
+    found = _word(request, "x-lloom-resume", _Switch)
+    return None if found is None else found is _Switch.ON
+
+
+class _Switch(Enum):
+    OFF = "off"
+    ON = "on"
 
 
 def _word(request: Request, header: str, words: type[_Word]) -> _Word | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -11,13 +11,15 @@ import msgspec
 import structlog
 import trio
 
-from lloom_sidecar.errors import BackendRejectedError, BackendTimeoutError, BackendUnavailableError
+from lloom_sidecar.errors import BackendError, BackendRejectedError, BackendTimeoutError, BackendUnavailableError
 from lloom_sidecar.http.client import HttpClient
 from lloom_sidecar.http.errors import BodyTooLargeError, HttpClientError, HttpTimeoutError
 from lloom_sidecar.ids import check_model_id
-from lloom_sidecar.protocol.offers import ModelOffer
+from lloom_sidecar.protocol.offers import RESUME, ModelOffer
+from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
-from .body import BackendCall
+from .ability import can_resume
+from .body import PATHS, BackendCall
 
 PROBE_INTERVAL_S: Final = 1.0
 """A model that the backend lists no more must be known to the network within 2 s. A probe takes about a millisecond."""
@@ -27,6 +29,11 @@ PROBE_FAILURES_TO_DOWN: Final = 2
 MAX_PROBE_BYTES: Final = 4 * 1024 * 1024
 MAX_ERROR_BYTES: Final = 32 * 1024
 MAX_MODELS: Final = 64
+TRY_OUT_S: Final = 60.0
+"""For the two short answers that show whether a model can resume; a busy machine may take long."""
+MAX_TRY_OUTS: Final = 3
+"""Times that a model is tried out whose backend failed at it; then again when the backend comes up anew."""
+MAX_TRY_OUT_BYTES: Final = 256 * 1024
 DEFAULT_SLOTS: Final = 8
 """Assumed parallelism of a backend that does not say."""
 
@@ -66,10 +73,12 @@ class Backend:
         only_alias: str | None = None,
         api_key: str | None = None,
         features: frozenset[str] = frozenset(),
+        digests: Mapping[str, bytes] | None = None,
     ) -> None:
         """``url``: ``http(s)://host[:port][/prefix]`` or ``unix:/path``, with or without ``/v1`` at its end.
         ``only_alias``: the id that the network sees, for a backend that serves one model. ``slots``: overrides what the
-        backend says.
+        backend says. ``digests``: SHA-256 of the weights of each model, by the id that the network sees; under "" those
+        of the only one.
         """
         self.url = url
         self.state = BackendState()
@@ -81,6 +90,11 @@ class Backend:
         if api_key:
             self._headers.append((b"authorization", b"Bearer " + api_key.encode()))
         self._features = features
+        self._digests = dict(digests or {})
+        self._abilities: dict[str, frozenset[str]] = {}
+        """What each model was seen to be able to, since the backend came up."""
+        self._try_outs: dict[str, int] = {}
+        self._probed = trio.Event()
         self._offers: dict[str, ModelOffer] = {}
         self._real_ids: dict[str, str] = {}
         self._probe_now = trio.Event()
@@ -106,6 +120,7 @@ class Backend:
             await nursery.start(self._client.run)
             await self.probe()
             task_status.started()
+            nursery.start_soon(self._try_out_models)
             while True:
                 with trio.move_on_after(PROBE_INTERVAL_S):
                     await self._probe_now.wait()
@@ -115,6 +130,47 @@ class Backend:
     def suspect(self) -> None:
         """Probe soon: somebody knows that the backend changed."""
         self._probe_now.set()
+
+    def set_digest(self, model: str, digest: bytes) -> None:
+        """The SHA-256 of a model's weights became known; ``state`` has it after the next probe, which comes at once."""
+        self._digests[model] = digest
+        self.suspect()
+
+    async def _try_out_models(self) -> None:
+        """Find out which models go on with a given beginning. Only those whose weights are known are worth it, which
+        also means that a server of many models is not made to load them all."""
+        while True:
+            probed = self._probed = trio.Event()
+            for offer in self.state.offers if self.state.is_up else ():
+                if offer.digest and offer.id not in self._abilities:
+                    await self._try_out(offer.id)
+            await probed.wait()
+
+    async def _try_out(self, model: str) -> None:
+        can: bool | None = False
+        try:
+            with trio.fail_after(TRY_OUT_S):
+                can = await can_resume(self._ask, self.backend_model(model))
+        except BackendRejectedError as exc:
+            can = None if exc.retryable else False  # it is busy, or still loading; or it refuses the form
+        except (BackendError, trio.TooSlowError):
+            can = None
+        if can is None:
+            self._try_outs[model] = tries = self._try_outs.get(model, 0) + 1
+            if tries < MAX_TRY_OUTS:
+                return
+        log.info("model_tried_out", model=model, resume=bool(can))
+        self._abilities[model] = frozenset({RESUME}) if can else frozenset()
+        if can:
+            self.suspect()
+
+    async def _ask(self, body: bytes) -> bytes:
+        call = BackendCall(PATHS[pb.OPERATION_CHAT], body, wants_stream=True, is_streamed=True, strips_usage=False)
+        async with self.call(call) as answer:
+            try:
+                return await answer.read(MAX_TRY_OUT_BYTES)
+            except BodyTooLargeError:
+                return b""
 
     async def probe(self) -> None:
         """Ask the backend what it serves, and update ``state``."""
@@ -232,8 +288,9 @@ class Backend:
             offers[name] = ModelOffer(
                 id=name,
                 context_length=context if isinstance(context, int) and 0 < context < 2**31 else 0,
-                features=self._features,
+                features=self._features | self._abilities.get(name, frozenset()),
                 slots=slots,
+                digest=self._digests.get(name) or (self._digests.get("", b"") if len(entries) == 1 else b""),
             )
             real_ids[name] = real
         if not offers:
@@ -242,6 +299,10 @@ class Backend:
         return BackendState(True, "", tuple(offers.values()), slots)
 
     def _set(self, state: BackendState) -> None:
+        if not state.is_up:
+            self._abilities.clear()  # what comes up again may be another server
+            self._try_outs.clear()
+        self._probed.set()
         if state != self.state:
             was_up, self.state = self.state.is_up, state
             if was_up != state.is_up:

@@ -7,8 +7,10 @@ and the contract between the two are in ``_llama_child.py``.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +45,9 @@ RESTART_DELAYS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 STABLE_AFTER_S = 60.0
 """A child that lived this long was healthy: the next restart begins at the first delay again."""
+
+DIGEST_BLOCK_BYTES = 16 * 1024 * 1024
+"""Read in one go while a file's digest is computed: some 10 ms."""
 
 MAX_STDERR_LINES = 20
 MAX_STDERR_LINE_BYTES = 400
@@ -118,6 +123,20 @@ def check_model_file(path: Path) -> None:
             f"{path} is not a GGUF model file (it begins with {magic!r}); `--model` takes `builtin` or a .gguf file, "
             "other formats need a server of their own and `--backend URL`.",
         )
+
+
+async def digest_of_file(path: Path) -> bytes:
+    """SHA-256 of a model file; b"" for one part of several, which says nothing of the others.
+
+    Raises OSError. Cancellation ends it at the next block.
+    """
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):  # llama.cpp's gguf-split
+        return b""
+    digest = hashlib.sha256()
+    async with await trio.open_file(path, "rb") as file:
+        while block := await file.read(DIGEST_BLOCK_BYTES):
+            await trio.to_thread.run_sync(digest.update, block)
+    return digest.digest()
 
 
 def explain_exit(returncode: int) -> str:

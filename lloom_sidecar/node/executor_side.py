@@ -15,7 +15,8 @@ from lloom_sidecar.config import BUILTIN_MODEL, Config, read_secret_lines
 from lloom_sidecar.executor.admission import Admission
 from lloom_sidecar.executor.backend import Backend, BackendState
 from lloom_sidecar.executor.body import BodyPolicy
-from lloom_sidecar.executor.local_model import run_local_model
+from lloom_sidecar.executor.local_model import digest_of_file, run_local_model
+from lloom_sidecar.executor.model_fetch import BUILTIN_MODEL as BUILTIN_FILE
 from lloom_sidecar.executor.model_fetch import ensure_builtin_model, terminal_progress
 from lloom_sidecar.executor.rates import RequestRates
 from lloom_sidecar.executor.serve import Executor, ExecutorLimits, ExecutorObserver
@@ -138,6 +139,10 @@ class ExecutorSide:
             slots=config.slots,
             api_key=key,
             only_alias=config.model_alias,
+            digests={
+                model: bytes.fromhex(digest)
+                for model, _, digest in (text.rpartition("=") for text in config.model_digests)
+            },
         )
 
     @property
@@ -227,9 +232,11 @@ class ExecutorSide:
             with terminal_progress() as progress:
                 path = await ensure_builtin_model(progress=progress)
             alias = self._config.model_alias or BUILTIN_MODEL_ID
+            self.backend.set_digest(alias, bytes.fromhex(BUILTIN_FILE.sha256))
         else:
             path = Path(model)
             alias = self._config.model_alias or path.stem
+            nursery.start_soon(self._compute_digest, alias, path)
 
         def on_state(is_up: bool, reason: str) -> None:
             if not is_up:
@@ -246,3 +253,12 @@ class ExecutorSide:
                 task_status=task_status,
             )
         )
+
+    async def _compute_digest(self, model: str, path: Path) -> None:
+        try:
+            digest = await digest_of_file(path)
+        except OSError as exc:
+            log.warning("model_digest_unknown", path=str(path), error=str(exc))
+            return
+        if digest:
+            self.backend.set_digest(model, digest)

@@ -175,6 +175,7 @@ class Node:
                 hedge=Hedge(self.config.hedge),
                 max_price=self.config.max_price,
                 max_body_bytes=self.config.max_body_bytes,
+                resume=self.config.resume,
             ),
             observer=self.observer,
             started_at_s=int(time.time()),

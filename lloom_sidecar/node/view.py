@@ -216,6 +216,7 @@ class View:
             queued=load.queued,
             price=price_info(offer.price),
             features=sorted(offer.features),
+            digest=offer.digest.hex(),
             ttft_ms=round(ttft_s * 1000, 1) if ttft_s else None,
             tokens_per_s=round(load.tokens_per_s, 1) or None,
         )

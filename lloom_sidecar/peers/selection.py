@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from lloom_sidecar.errors import NoExecutorError, PriceError, RoutingError
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.protocol.offers import ModelOffer, Price
+from lloom_sidecar.protocol.offers import PROVEN_FEATURES, ModelOffer, Price
 
 from .executors import ExecutorView, LeaseState, ModelIndex, ring_point
 from .health import MIN_PRIOR_S, HealthBook, Verdict
@@ -65,6 +65,8 @@ class Filtered(Enum):
     DEAD = "dead"
     CONTEXT = "context"
     FEATURES = "features"
+    DIGEST = "digest"
+    """Other weights than those that the request began with, or it does not say which."""
     PRICE = "price"
     NOT_BEFORE = "not_before"
     CIRCUIT_OPEN = "circuit_open"
@@ -94,6 +96,8 @@ class Wanted:
 
     model: str
     features: frozenset[str] = frozenset()
+    digest: bytes = b""
+    """SHA-256 of the weights that it has to serve, as announced; empty = any."""
     context_needed: int = 0
     """Tokens, prompt and answer; 0 = unknown."""
     max_price: Price | None = None
@@ -329,8 +333,10 @@ class _Room:
             filtered = Filtered.DEAD
         elif request.context_needed > offer.context_length > 0:
             filtered = Filtered.CONTEXT
-        elif request.features and offer.features and not request.features <= offer.features:
+        elif request.features and _lacks(request.features, offer.features):
             filtered = Filtered.FEATURES
+        elif request.digest and request.digest != offer.digest:
+            filtered = Filtered.DIGEST
         elif request.max_price is not None and is_over(offer.price, request.max_price):
             filtered = Filtered.PRICE
         is_suspect = state is LeaseState.SUSPECT
@@ -349,6 +355,15 @@ class _Room:
         return Considered(
             view, filtered, is_suspect, judged.estimate_s, in_flight, cost, judged.turn, judged.wait_s, judged.is_due
         )
+
+
+def _lacks(wanted: frozenset[str], offered: frozenset[str]) -> bool:
+    """Whether an executor cannot do what is wanted. One that says nothing of its features is tried, except for those
+    that an executor has to have proved."""
+    if not (wanted & PROVEN_FEATURES) <= offered:
+        return True
+    described = offered - PROVEN_FEATURES
+    return bool(described) and not wanted - PROVEN_FEATURES <= described
 
 
 def is_over(price: Price, ceiling: Price) -> bool:

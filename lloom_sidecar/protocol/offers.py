@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Final
 
 from lloom_sidecar.ids import Multiaddr, PeerId
+
+RESUME: Final = "resume"
+"""The feature of a model whose backend goes on with an answer that it is given the beginning of."""
+PROVEN_FEATURES: Final = frozenset({RESUME})
+"""Features that are announced only when the executor saw its backend do it: never assumed of one that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,8 @@ class ModelOffer:
     """Tokens that one request may use at this backend, 0 = unknown."""
     quantisation: str = ""
     features: frozenset[str] = frozenset()
-    """Of: chat, completions, embeddings, tools, vision, json_schema, logprobs. Empty = unknown, all are tried."""
+    """Of: chat, completions, embeddings, tools, vision, json_schema, logprobs; none of these = unknown, all are tried.
+    And those of ``PROVEN_FEATURES``."""
     price: Price = Price()
     slots: int = 1
     """Requests that the backend works on at once."""

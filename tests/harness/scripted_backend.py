@@ -6,12 +6,17 @@ The last user message is the script: ``chunks=50 delay_ms=10`` and so on; what i
     delay_ms=N   pause before each piece                    (0)
     first_ms=N   pause before the first                     (0)
     status=N     answer with this status and an error body
-    cut=N        close the connection after N pieces
+    cut=N        close the connection after N pieces, unless the request brings the beginning of its answer along
+    cut2=N       the same for such a one, if something comes before
     garbage=N    send something that is no JSON after N pieces
     error=N      send an error event after N pieces
     silent=1     accept the request and never answer
     tag=N        pieces are " <N>.<i>": the answer of one request cannot be taken for another's
     lie=N        the usage says N tokens more than there were
+    seed=N       pieces of any length and characters, the same for the same N; then max_tokens and stop are obeyed
+
+A request whose last message is the assistant's and that asks to continue it, or whose prompt ends with the beginning of
+the answer, is answered with what follows.
 
 With a second argument every request is written to that file when it begins and when it ends, one JSON line each, which
 outlives a ``kill -9``.
@@ -25,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import socket
 import sys
@@ -47,8 +53,28 @@ def note(entry: dict[str, Any]) -> None:
         os.write(file, json.dumps({"pid": os.getpid(), "number": entry["number"], **shown}).encode() + b"\n")
 
 
+ALPHABET = [
+    *"abcdefgh ,.",
+    "\n",
+    "\n\n",
+    '"',
+    "\\",
+    "é",
+    "漢",
+    "🙂",
+    "data: ",
+    "[DONE]",
+    '"finish_reason":"stop"',
+    "<stop>",
+]
+"""What the pieces of ``seed=N`` consist of: whatever somebody might confuse with the end of something."""
+
+
 def word(script: dict[str, int], index: int) -> str:
     """One piece of a streamed answer."""
+    if "seed" in script:
+        rng = random.Random(script["seed"] * 1_000_003 + index)
+        return "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 6)))
     return f" {script['tag']}.{index}" if "tag" in script else f" w{index}"
 
 
@@ -61,6 +87,27 @@ def script_of(body: dict[str, Any]) -> dict[str, int]:
     text = text if isinstance(text, str) else json.dumps(text)
     found = (part.partition("=") for part in text.split())
     return {key: int(value) for key, mark, value in found if mark and value.lstrip("-").isdigit()}
+
+
+def beginning_of(body: dict[str, Any], whole: str) -> str:
+    """The beginning of the answer that a request brings along, "" when none. ``whole``: the answer."""
+    messages = body.get("messages")
+    if messages is not None:
+        is_begun = messages and messages[-1].get("role") == "assistant" and body.get("continue_final_message") is True
+        return str(messages[-1]["content"]) if is_begun and body.get("add_generation_prompt") is False else ""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str):
+        return ""
+    return next((whole[:n] for n in range(min(len(whole), len(prompt)), 0, -1) if prompt.endswith(whole[:n])), "")
+
+
+def shown_of(text: str, stops: list[str]) -> tuple[str, bool]:
+    """What a server shows of ``text``: up to a stop string, or up to what may be the beginning of one."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    if ends:
+        return text[: min(ends)], True
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -149,8 +196,21 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self._pause(script.get("first_ms", 0) / 1000):
             return "gone"
+        begun = ""
+        if "messages" not in body or body.get("continue_final_message"):
+            begun = beginning_of(body, "".join(word(script, i) for i in range(chunks)))
+        stop = body.get("stop") or [] if "seed" in script else []
+        stops = [stop] if isinstance(stop, str) else stop
+        limit = body.get("max_tokens") if "seed" in script else None
+        skip = len(begun)
+        text = sent = ""
+        count, finish, has_stopped = 0, "stop", False
         for i in range(chunks):
-            if script.get("cut") == i:
+            piece = word(script, i)
+            if skip >= len(piece) and begun:
+                skip -= len(piece)
+                continue
+            if i == script.get("cut2" if begun else "cut") and (count or not begun):
                 return "cut"
             if script.get("garbage") == i:
                 self._chunk(b"data: {this is not json\n\n")
@@ -158,19 +218,35 @@ class Handler(BaseHTTPRequestHandler):
                 self._chunk(b'data: {"error":{"message":"scripted failure","code":500}}\n\n')
             if self._pause(script.get("delay_ms", 0) / 1000):
                 return "gone"
-            text = word(script, i)
-            piece = {"delta": {"content": text}} if is_chat else {"text": text}
-            self._event({**top, "choices": [{"index": 0, **piece, "finish_reason": None}]})
+            if count == limit:
+                finish = "length"
+                break
+            count += 1
+            piece, skip = piece[skip:], 0
+            if stops:
+                text += piece
+                shown, has_stopped = shown_of(text, stops)
+                piece, sent = shown[len(sent) :], shown
+            if piece or not stops:
+                self._event({**top, "choices": [self._choice(is_chat, piece)]})
             entry["sent"] = i + 1
+            if has_stopped:
+                break
+        if len(text) > len(sent) and not has_stopped:
+            self._event({**top, "choices": [self._choice(is_chat, text[len(sent) :])]})
         last: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
-        self._event({**top, "choices": [{"index": 0, **last, "finish_reason": "stop"}]})
+        self._event({**top, "choices": [{"index": 0, **last, "finish_reason": finish}]})
         if (body.get("stream_options") or {}).get("include_usage"):
-            counted = chunks + script.get("lie", 0)
+            counted = count + script.get("lie", 0)
             usage = {"prompt_tokens": 3, "completion_tokens": counted, "total_tokens": 3 + counted}
             self._event({**top, "choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
         return "complete"
+
+    def _choice(self, is_chat: bool, text: str) -> dict[str, Any]:
+        piece: dict[str, Any] = {"delta": {"content": text}} if is_chat else {"text": text}
+        return {"index": 0, **piece, "finish_reason": None}
 
     def _pause(self, seconds: float) -> bool:
         """Wait; True when the requester left meanwhile."""

@@ -394,6 +394,7 @@ class FakeNode:
                         "queued": 0,
                         "price": {"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
                         "features": ["chat"],
+                        "digest": "",
                         "ttft_ms": 80.0,
                         "tokens_per_s": 41.26,
                     }

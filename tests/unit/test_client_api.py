@@ -8,7 +8,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import httpx
 import pytest
@@ -63,6 +64,7 @@ class FakeExchange:
         self.head = HeadReceived("text/event-stream", 0, 1000)
         self.first_at = trio.current_time()
         self.receipt = None
+        self.sent = SimpleNamespace(checkpoint=None)
         self._script = script
 
     async def receive(self) -> bytes | None:
@@ -79,7 +81,10 @@ class FakeExchange:
 
 
 class FakeRouter(Router):
-    """Hands a scripted exchange to ``use``, or raises; what ``use`` raises it raises, as the real one does."""
+    """Hands a scripted exchange to ``use``, or raises; what ``use`` raises it raises, as the real one does.
+
+    A list in the script is that of one call; a NoExecutorError is raised for one.
+    """
 
     def __init__(self, *script: Any) -> None:
         self.script = list(script)
@@ -97,6 +102,11 @@ class FakeRouter(Router):
         return self.absent
 
     async def run(self, call: Call, wanted: Wanted, policy: Policy, use: Any, route: Route) -> None:
+        script = self.script
+        if script and isinstance(script[0], list):
+            script = script.pop(0)
+        elif script and isinstance(script[0], NoExecutorError):
+            raise script.pop(0)
         self.calls.append(call)
         self.wanted.append(wanted)
         self.policies.append(policy)
@@ -110,7 +120,7 @@ class FakeRouter(Router):
                 raise self.error
             route.asked += 1
             route.executor = EXECUTOR
-            await use(route, FakeExchange(self.script))
+            await use(route, FakeExchange(script))
         finally:
             self.ended.set()
 
@@ -445,11 +455,11 @@ class TestCalls:
             assert b.router.calls[0].deadline_ms == 50
 
 
-async def raw_post(b: Bench, body: dict[str, Any]) -> trio.SocketStream:
+async def raw_post(b: Bench, body: dict[str, Any], more: bytes = b"") -> trio.SocketStream:
     content = json.dumps(body).encode()
     stream = await trio.open_tcp_stream("127.0.0.1", b.port)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    await stream.send_all(head + b"content-length: %d\r\n\r\n" % len(content) + content)
+    await stream.send_all(head + more + b"content-length: %d\r\n\r\n" % len(content) + content)
     return stream
 
 
@@ -495,6 +505,72 @@ class TestCutStreams:
                     await b.router.ended.wait()
                 assert not (await read_all(stream)).endswith(b"0\r\n\r\n")
             assert b.code() == "deadline"
+
+
+class TestResumedStreams:
+    FIRST = event({"id": "a", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hel"}}]})
+    MORE = event({"id": "b", "choices": [{"index": 0, "delta": {"content": "lo"}}]})
+    END = event({"id": "b", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}) + b"data: [DONE]\n\n"
+    ASKED: ClassVar = {**STREAMED, "messages": [{"role": "user", "content": "hi"}]}
+
+    @asynccontextmanager
+    async def bench(self, *script: Any, digest: bytes = b"d" * 32, **settings: Any) -> AsyncIterator[Bench]:
+        async with bench(*script, **settings) as b:
+            TestModels().offer(b, ModelOffer("m", digest=digest))
+            yield b
+
+    def chunks(self, response: httpx.Response) -> list[dict[str, Any]]:
+        return [json.loads(one[6:]) for one in response.text.split("\n\n") if one.startswith("data: {")]
+
+    async def test_two_parts_are_one_answer(self) -> None:
+        async with self.bench([self.FIRST, LOST], [self.MORE, self.END]) as b:
+            response = await b.post(self.ASKED, x_lloom_resume="on")
+            assert response.content.startswith(self.FIRST + f": lloom resumed at {EXECUTOR}\n\n".encode())
+            assert response.content.endswith(b"data: [DONE]\n\n")
+            chunks = self.chunks(response)
+            assert [one["id"] for one in chunks] == ["a", "a", "a"]
+            assert "".join(one["choices"][0]["delta"].get("content", "") for one in chunks) == "Hello"
+            assert b.router.wanted[1].digest == b"d" * 32
+            assert json.loads(b.router.calls[1].body)["messages"][-1] == {"role": "assistant", "content": "Hel"}
+            assert b.observer.ended == [("m", EXECUTOR, "ok", 2)]
+
+    async def test_by_setting_and_not_for_who_declines(self) -> None:
+        async with self.bench([self.FIRST, LOST], [self.MORE, self.END], resume=True) as b:
+            assert (await b.post(self.ASKED)).status_code == 200
+        async with self.bench([self.FIRST, LOST], [self.MORE, self.END], resume=True) as b:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await b.post(self.ASKED, x_lloom_resume="off")
+            assert (await b.post(self.ASKED, x_lloom_resume="maybe")).status_code == 400
+
+    async def test_nobody_to_go_on(self) -> None:
+        async with self.bench([self.FIRST, LOST], NoExecutorError("nobody")) as b:
+            async with await raw_post(b, self.ASKED, b"x-lloom-resume: on\r\n") as stream:
+                data = await read_all(stream)
+            told = json.loads(data[data.rindex(b"data: ") + 6 :].rstrip())["error"]
+            assert (told["code"], told["lloom"]["not_resumed"]) == ("stream_lost", "no_executor")
+            assert not data.endswith(b"0\r\n\r\n")
+            assert b.observer.ended == [("m", EXECUTOR, "stream_lost", 1)]
+
+    async def test_a_limit_that_is_reached_needs_nobody(self) -> None:
+        async with self.bench([self.FIRST, LOST]) as b:
+            response = await b.post({**self.ASKED, "max_tokens": 1}, x_lloom_resume="on")
+            assert self.chunks(response)[-1]["choices"][0]["finish_reason"] == "length"
+            assert response.content.endswith(b"data: [DONE]\n\n")
+            assert b.code() == "ok"
+
+    async def test_a_stop_string_across_the_seam_ends_it(self) -> None:
+        async with self.bench([self.FIRST, LOST], [self.MORE, trio.Event()]) as b:
+            response = await b.post({**self.ASKED, "stop": "ello"}, x_lloom_resume="on")
+            chunks = self.chunks(response)
+            assert "".join(one["choices"][0]["delta"].get("content", "") for one in chunks) == "H"
+            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+            assert b.code() == "ok"
+
+    async def test_weights_that_nobody_knows(self) -> None:
+        async with self.bench([self.FIRST, LOST], [self.MORE, self.END], digest=b"") as b:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await b.post(self.ASKED, x_lloom_resume="on")
+            assert len(b.router.calls) == 1
 
 
 class TestLeaving:

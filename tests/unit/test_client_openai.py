@@ -30,6 +30,12 @@ class TestReadBody:
             ({"model": "m", "stream": None, "n": None}, AskedFor("m", False, 1)),
             ({"model": "m", "n": 0}, AskedFor("m", False, 1)),
             ({"model": "m", "n": -4}, AskedFor("m", False, 1)),
+            ({"model": "m", "prompt": "one", "n": 2}, AskedFor("m", False, 2)),
+            ({"model": "m", "prompt": ["one"]}, AskedFor("m", False, 1)),
+            ({"model": "m", "prompt": ["one", "two", "three"], "n": 2}, AskedFor("m", False, 6)),
+            ({"model": "m", "prompt": [1, 2, 3]}, AskedFor("m", False, 1)),
+            ({"model": "m", "prompt": [[1, 2], [3]]}, AskedFor("m", False, 2)),
+            ({"model": "m", "prompt": []}, AskedFor("m", False, 1)),
         ],
     )
     def test_what_is_read(self, body: dict[str, Any], asked: AskedFor) -> None:

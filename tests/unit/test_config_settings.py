@@ -190,6 +190,10 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
         ({"allowed_hosts": ("a.example:80",)}, "is not a host name"),
         ({"model_alias": " x"}, "a space at an end"),
         ({"price_currency": "a euro"}, "is not a currency"),
+        ({"model_digests": ("abc",)}, "does not end with a SHA-256"),
+        ({"model_digests": ("m=" + "g" * 64,)}, "does not end with a SHA-256"),
+        ({"model_digests": (" m=" + "0" * 64,)}, "space at an end"),
+        ({"roles": ("executor",), "model": "builtin", "model_digests": ("0" * 64,)}, "the digest is computed"),
         ({"min_peers": "-1"}, "is not a whole number from 0"),
         ({"heartbeat_s": "nan"}, "is not a number of seconds"),
         ({"open": "maybe"}, "is neither true nor false"),
@@ -323,3 +327,9 @@ def test_the_low_water_mark_is_not_over_the_high_one(home: Path) -> None:
     assert faults(home, connections_low="6", connections_high="5") == (
         "connections_low (6) is over connections_high (5)",
     )
+
+
+def test_digests_of_weights(home: Path) -> None:
+    digests = ("A" * 64, "org/m=x=" + "b" * 64)
+    config = load(home, roles=("executor",), backend="http://h:1", model_digests=digests)
+    assert config.model_digests == ("a" * 64, "org/m=x=" + "b" * 64)

@@ -18,8 +18,11 @@ from lloom_sidecar.executor.backend import (
     DEFAULT_SLOTS,
     MAX_ERROR_BYTES,
     MAX_MODELS,
+    MAX_TRY_OUT_BYTES,
+    MAX_TRY_OUTS,
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
+    TRY_OUT_S,
     Backend,
     BackendState,
 )
@@ -31,7 +34,7 @@ CALL = BackendCall("/v1/chat/completions", b"{}", wants_stream=True, is_streamed
 
 
 class Server:
-    """Answers by path: (status, body), None = never, an Exception = cut."""
+    """Answers by path: (status, body), a function that gives one, None = never, "cut" = cut in the middle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,6 +46,8 @@ class Server:
         await request.body()
         self.requests.append((request.path, request.header("authorization")))
         answer = self.answers.get(request.path, (404, b"{}"))
+        if callable(answer):
+            answer = answer()
         if answer is None:
             try:
                 await trio.sleep_forever()
@@ -304,6 +309,70 @@ class TestCalls:
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True), trio.fail_after(5):
                 await server.gone.wait()
+
+
+def chat(*pieces: str) -> tuple[int, bytes]:
+    events = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    return 200, b"".join(b"data: " + msgspec.json.encode(e) + b"\n\n" for e in events) + b"data: [DONE]\n\n"
+
+
+class TestResume:
+    """Weights are told or computed; the ability is tried out, and only where the weights are known."""
+
+    WEIGHTS = b"w" * 32
+
+    async def test_digests(self, server: Server) -> None:
+        assert (await probed(server, digests={"": self.WEIGHTS})).state.offers[0].digest == self.WEIGHTS
+        assert (await probed(server, digests={"m": self.WEIGHTS})).state.offers[0].digest == self.WEIGHTS
+        assert (await probed(server, digests={"x": self.WEIGHTS})).state.offers[0].digest == b""
+        server.answers["/v1/models"] = models("m", "n")
+        found = (await probed(server, digests={"": self.WEIGHTS, "n": self.WEIGHTS})).state.offers
+        assert [offer.digest for offer in found] == [b"", self.WEIGHTS]
+
+    async def test_tried_out_once_its_weights_are_known(self, server: Server, autojump_clock: MockClock) -> None:
+        whole = ("one", " two", " three", " four")
+        answers = iter([chat(*whole), chat(*whole[2:])])
+        server.answers[CALL.path] = lambda: next(answers)
+        async with server.running(), Bench(server, features=frozenset({"chat"})).running() as backend:
+            await trio.sleep(3 * PROBE_INTERVAL_S)
+            assert backend.state.offers[0].features == {"chat"}
+            assert CALL.path not in dict(server.requests)
+            backend.set_digest("m", self.WEIGHTS)
+            await trio.sleep(1)
+            assert backend.state.offers[0].features == {"chat", "resume"}
+            await trio.sleep(3 * PROBE_INTERVAL_S)
+            assert [path for path, _ in server.requests].count(CALL.path) == 2
+
+    @pytest.mark.parametrize(("status", "tries"), [(400, 1), (503, MAX_TRY_OUTS), (401, MAX_TRY_OUTS)])
+    async def test_one_that_refuses_or_fails(
+        self, server: Server, autojump_clock: MockClock, status: int, tries: int
+    ) -> None:
+        server.answers[CALL.path] = status, {"error": {"message": "no"}}
+        async with server.running(), Bench(server, digests={"": self.WEIGHTS}).running() as backend:
+            await trio.sleep(10 * PROBE_INTERVAL_S)
+            assert backend.state.offers[0].features == frozenset()
+            assert [path for path, _ in server.requests].count(CALL.path) == tries
+
+    async def test_one_that_comes_back_is_tried_anew(self, server: Server, autojump_clock: MockClock) -> None:
+        server.answers[CALL.path] = chat("yes")
+        async with server.running(), Bench(server, digests={"": self.WEIGHTS}).running():
+            await trio.sleep(2 * PROBE_INTERVAL_S)
+            server.answers["/v1/models"] = 500, b""
+            await trio.sleep(2 * PROBE_INTERVAL_S)
+            server.answers["/v1/models"] = models("m")
+            await trio.sleep(2 * PROBE_INTERVAL_S)
+            assert [path for path, _ in server.requests].count(CALL.path) == 2
+
+    async def test_silence_and_too_much(self, server: Server, autojump_clock: MockClock) -> None:
+        server.answers[CALL.path] = 200, b"x" * (MAX_TRY_OUT_BYTES + 1)
+        async with server.running(), Bench(server, digests={"": self.WEIGHTS}).running() as backend:
+            await trio.sleep(1)
+            assert backend._abilities == {"m": frozenset()}
+        server.answers[CALL.path] = None
+        async with server.running(), Bench(server, digests={"": self.WEIGHTS}).running() as backend:
+            await trio.sleep(TRY_OUT_S + PROBE_INTERVAL_S)
+            assert backend._try_outs == {"m": 1}
+            assert backend.is_up
 
 
 def test_urls() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import trio
 
 from lloom_sidecar.errors import StartError
 from lloom_sidecar.executor import _llama_child, local_model
-from lloom_sidecar.executor.local_model import LocalModelError, run_local_model
+from lloom_sidecar.executor.local_model import DIGEST_BLOCK_BYTES, LocalModelError, digest_of_file, run_local_model
 
 FAKE_CHILD = """
 import json, os, signal, socket, sys
@@ -297,3 +298,14 @@ class TestChild:
             process.send_signal(signal.SIGTERM)
             process.stdin.close()
             assert process.wait(timeout=5) == -signal.SIGIO
+
+
+async def test_a_files_digest(tmp_path: Path) -> None:
+    whole = tmp_path / "m.gguf"
+    whole.write_bytes(b"GGUF" + bytes(DIGEST_BLOCK_BYTES))
+    assert await digest_of_file(whole) == hashlib.sha256(whole.read_bytes()).digest()
+    part = tmp_path / "m-00001-of-00002.gguf"
+    part.write_bytes(b"GGUF")
+    assert await digest_of_file(part) == b""
+    with pytest.raises(FileNotFoundError):
+        await digest_of_file(tmp_path / "none.gguf")
