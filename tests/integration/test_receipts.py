@@ -250,3 +250,91 @@ async def test_who_never_acknowledges_is_seen_in_the_ledger(network: Network, ha
     assert [(one["owed"], one["acknowledged"], one["outcome"], one["cost"]) for one in rows] == [
         (True, False, "complete", 5)
     ] * 2
+
+
+# ---------------------------------------------------------------- several executors
+@pytest.fixture(scope="module")
+def two() -> Iterator[Network]:
+    """Two executors that charge; a heartbeat so slow that a client learns of prices by asking."""
+    with Network(validators=1, executors=0, clients=1) as network:
+        network.executors += [network.add("executor", *PRICED), network.add("executor", *PRICED)]
+        network.wait_known(network.client)
+        yield network
+
+
+def ask(client: Node, prompt: str, **headers: str) -> httpx.Response:
+    body = {"model": "scripted", "messages": [{"role": "user", "content": prompt}]}
+    return client.post("/v1/chat/completions", body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def test_of_a_retried_request_exactly_one_is_owed(two: Network) -> None:
+    bad, good = two.executors
+    two.backend_of(bad.peer).set_script(status=500)
+    try:
+        retried = 0
+        for number in range(6):
+            answer = ask(two.client, f"chunks=2 number={number}", x_lloom_policy="round-robin")
+            assert answer.status_code == 200
+            request = answer.headers["x-request-id"]
+            tries = int(answer.headers["x-lloom-attempts"])
+            rows = wait_until(
+                lambda request=request, tries=tries: len(found := exchanges(two.client, request)) == tries and found,  # type: ignore[misc]
+                "every attempt to be settled",
+                explain=lambda request=request: exchanges(two.client, request),  # type: ignore[misc]
+            )
+            assert [(one["peer"], one["reason"], one["cost"] > 0) for one in rows if one["owed"]] == [
+                (good.peer, "", True)
+            ]
+            lost = [one for one in rows if not one["owed"]]
+            assert {(one["peer"], one["reason"], one["outcome"]) for one in lost} <= {(bad.peer, "refused", "")}
+            retried += len(lost)
+            for one in lost:  # the executor's ledger has it too, by the same digest, and asks for nothing
+                (theirs,) = exchanges(bad, request)
+                assert (theirs["request_digest"], theirs["owed"]) == (one["request_digest"], False)
+        assert retried
+    finally:
+        two.backend_of(bad.peer).set_script()
+
+
+def test_of_two_answers_under_one_idempotency_key_the_first_is_owed(two: Network) -> None:
+    requests = [
+        ask(two.client, "chunks=2", idempotency_key="order-7").headers["x-request-id"],
+        ask(two.client, "chunks=2", idempotency_key="order-7").headers["x-request-id"],
+    ]
+    settled(two.client, requests[0], owed=True, outcome="complete")
+    settled(two.client, requests[1], owed=False, reason="duplicate", outcome="complete")
+
+
+def test_a_price_that_changes_in_flight_is_what_the_receipt_says(two: Network) -> None:
+    """The price is fixed when the REQUEST is taken; who is asked at an old one says so, and is asked again."""
+    for executor in two.executors:
+        assert executor.ctl("executor", "price", "scripted", "2000000/3000000 EUR").returncode == 0
+    try:
+        answer = ask(two.client, "chunks=2", x_lloom_max_price="9000000/9000000 EUR")
+        assert answer.status_code == 200, answer.text
+        request = answer.headers["x-request-id"]
+        rows = wait_until(
+            lambda: (found := exchanges(two.client, request)) and any(one["owed"] for one in found) and found,
+            "the answer to be settled",
+        )
+        (owed,) = [one for one in rows if one["owed"]]
+        assert owed["cost"] == 3 * 2 + 2 * 3
+        assert {one["reason"] for one in rows if not one["owed"]} <= {"refused"}
+        theirs = settled(two.node_of(owed["peer"]), request, owed=True, acknowledged=True)
+        assert theirs["cost"] == owed["cost"]
+    finally:
+        for executor in two.executors:
+            executor.ctl("executor", "price", "scripted", "1000000/1000000 EUR")
+
+
+def test_numbers_that_cannot_be_are_flagged(two: Network) -> None:
+    """Last: its executors stay doubtful."""
+    assert "numbers_doubtful" not in two.client.conditions()
+    answer = ask(two.client, "chunks=2 lie=1000000", x_lloom_max_price="9000000/9000000 EUR")
+    assert answer.status_code == 200
+    found = settled(two.client, answer.headers["x-request-id"], owed=True)
+    assert "completion_tokens 1000002" in found["doubts"]
+    wait_until(lambda: "numbers_doubtful" in two.client.conditions(), "the condition")
+    assert two.client.metric("lloom_doubtful_receipts_total") == 1
+    listed = json.loads(two.client.ctl("receipt", "list", "--doubtful", "--json").stdout)["receipts"]
+    assert [one["request_id"] for one in listed] == [found["request_id"]]
