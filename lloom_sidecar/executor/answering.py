@@ -275,7 +275,8 @@ class Answering:
         """Pass SSE on as it comes (or merge it into one document), up to the proper end."""
         meter = AnswerMeter(job.salt)
         relay = EventRelay(call, meter, is_chat=job.request.claims.operation == pb.OPERATION_CHAT)
-        pacer = CheckpointPacer(job.price, trio.current_time()) if call.wants_stream else None
+        has_checkpoints = call.wants_stream and not is_free(job.price)
+        pacer = CheckpointPacer(trio.current_time()) if has_checkpoints else None
         while not relay.is_done:
             data = await answer.receive_some()
             if not data:

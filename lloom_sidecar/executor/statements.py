@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from lloom_sidecar.ids import PeerId
-from lloom_sidecar.protocol.claims import CheckedRequest, is_free, owed_cost
+from lloom_sidecar.protocol.claims import CheckedRequest, owed_cost
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 from .relay import AnswerMeter
@@ -20,16 +20,15 @@ CHECKPOINT_S: Final = 5.0
 
 
 class CheckpointPacer:
-    """Says when the next checkpoint of one answer is due; never for one that costs nothing."""
+    """Says when the next checkpoint of one priced answer is due."""
 
-    def __init__(self, price: pb.Price, now: float) -> None:
-        self._is_free = is_free(price)
+    def __init__(self, now: float) -> None:
         self._chunks = 0
         self._at = now
 
     def is_due(self, chunks: int, now: float) -> bool:
         """Whether the ``chunks`` that were sent so far call for one; True counts as given."""
-        if self._is_free or chunks == self._chunks:
+        if chunks == self._chunks:
             return False
         if chunks - self._chunks < CHECKPOINT_TOKENS and now - self._at < CHECKPOINT_S:
             return False

@@ -168,6 +168,23 @@ def test_an_answer_that_the_backend_cuts_owes_its_last_checkpoint(network: Netwo
     assert ours["cost"] == theirs["cost"] >= 1024
 
 
+def test_an_executor_that_is_killed_has_its_last_checkpoint_on_disk(network: Network) -> None:
+    executor = network.executors[0]
+    with pytest.raises(httpx.RemoteProtocolError), network.client.stream("chunks=100000 delay_ms=1") as answer:
+        request = str(answer.headers["x-request-id"])
+        for number, _ in enumerate(answer.iter_lines()):
+            if number == 2 * 1500:
+                wait_until(lambda: exchanges(executor, request), "the checkpoint to be on disk")
+                executor.kill()
+    executor.start()
+    theirs = settled(executor, request, owed=True, outcome="partial", reason="")
+    ours = settled(network.client, request, owed=True, outcome="partial", reason="lost")
+    assert theirs["request_digest"] == ours["request_digest"]
+    assert theirs["cost"] >= 1024
+    network.wait_known(network.client)
+    wait_until(lambda: network.client.chat("chunks=1").status_code == 200, "it to serve again", timeout_s=30)
+
+
 # ---------------------------------------------------------------- max cost
 def test_the_max_cost_shortens_the_answer(network: Network) -> None:
     body = {"model": "scripted", "messages": [{"role": "user", "content": "chunks=500"}], "stream": True}
