@@ -51,7 +51,12 @@ async def test_a_fifth_of_the_packets_is_lost() -> None:
         used = sum(record.executor == world.network.executors[0].peer for record in records)
         worst = max(record.delay_s for record in records if record.outcome is Outcome.COMPLETE)
         errors = Counter(record.error for record in records if record.outcome is Outcome.ERROR)
-        print(f"{complete} of {count} complete, lossy one used {used} times, {dict(errors)}, worst {worst:.2f} s")
+        lost = lossy.lost()
+        assert lost > 0
+        print(
+            f"{lost} packets lost; {complete} of {count} complete, {dict(errors)}, lossy one used {used} times, "
+            f"worst {worst:.2f} s"
+        )
         violations = await trio.to_thread.run_sync(world.violations)
         assert not violations, "\n".join(violations)
         assert complete >= 0.9 * count

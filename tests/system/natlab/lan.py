@@ -60,6 +60,13 @@ class Host:
         rule = ("INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP")
         run(*self.prefix, "iptables", "-A", *rule)
 
+    def lost(self) -> int:
+        """Packets that ``lose`` has dropped."""
+        done = subprocess.run(
+            [*self.prefix, "iptables", "-nvxL", "INPUT"], capture_output=True, text=True, timeout=20, check=True
+        )
+        return sum(int(line.split()[0]) for line in done.stdout.splitlines() if " DROP " in line)
+
     def connect(self, port: int) -> socket.socket:
         """A connection to a port on this host's loopback, for a program outside of it.
 
