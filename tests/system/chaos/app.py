@@ -121,6 +121,7 @@ class _Reader:
         for event in events:
             if event.startswith(RESUMED):
                 self._record.was_resumed = True
+                self._record.executor = event.split()[-1].decode()
             if event.startswith(b":"):
                 continue
             data = event.removeprefix(b"data: ")

@@ -66,5 +66,8 @@ def summary(records: Sequence[Record], outages: Sequence[Outage]) -> list[str]:
         again = sum(record.attempts > 1 for record in whole)
         pause = max(record.longest_gap_s for record in whole)
         lines.append(f"delay of the complete ones: median {median:.3f} s, p99 {p99:.3f} s, worst {late[-1]:.3f} s")
-        lines.append(f"{again} of them took several attempts; longest pause inside a stream {pause:.3f} s")
+        resumed = sum(record.was_resumed for record in whole)
+        lines.append(
+            f"{again} of them took several attempts, {resumed} were resumed; longest pause in a stream {pause:.3f} s"
+        )
     return lines

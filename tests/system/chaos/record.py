@@ -60,6 +60,7 @@ class Record:
     status: int | None = None
     request_id: str = ""
     executor: str = ""
+    """Who gave the answer, or its last part."""
     attempts: int = 0
     was_resumed: bool = False
     """The answer was put together of parts of several executors."""

@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from tests.harness import Network
+from tests.harness.cut_streams import wait_can_resume
 from tests.harness.waiting import wait_until
 
 from .descriptors import count_descriptors, kinds
@@ -22,15 +23,19 @@ FAST = ["--heartbeat", "1"]
 
 
 @pytest.mark.parametrize(
-    ("requests", "seed"), [(600, 1), pytest.param(2000, 2, marks=pytest.mark.soak)], ids=["short", "long"]
+    ("requests", "seed", "resume", "least"),
+    [
+        (600, 1, False, 0.90),
+        pytest.param(2000, 2, False, 0.90, marks=pytest.mark.soak),
+        pytest.param(2000, 3, True, 0.99, marks=pytest.mark.soak),
+    ],
+    ids=["short", "long", "resumed"],
 )
-async def test_something_dies_every_second(requests: int, seed: int) -> None:
-    await kill_every_second(requests, seed, resume=False, least=0.90)
-
-
-async def kill_every_second(requests: int, seed: int, *, resume: bool, least: float) -> None:
+async def test_something_dies_every_second(requests: int, seed: int, resume: bool, least: float) -> None:
     """``least``: the share of all requests that must be complete."""
-    with Network(validators=1, executors=EXECUTORS, clients=1, flags=FAST, keeps_ports=True) as network:
+    flags = [*FAST, "--model-digest", "5" * 64]
+    with Network(validators=1, executors=EXECUTORS, clients=1, flags=flags, keeps_ports=True) as network:
+        await trio.to_thread.run_sync(wait_can_resume, network, network.executors)
         world = World(network, seed=seed, resume=resume)
         client = network.client
         assert client.process is not None
