@@ -95,8 +95,14 @@ EVENTS = [
     b'\xef\xbb\xbfdata:{"choices":[{"delta":{},"finish_reason":"stop"}]}\r\n\r\ndata: [DONE]\r\n\r\n',
     b": ping\r\revent: x\rdata: a\rdata: b\r\r",
 ]
+PARTS = [
+    b'data: {"id":"1","created":1,"choices":[{"index":0,"delta":{"role":"assistant","content":"a<st"}}]}\n\n',
+    b'data: {"choices":[{"delta":{"content":"op>"}}],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n',
+    b'data: {"choices":[{"text":"xa"}]}\n\ndata: {"choices":[{"text":"b","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n',
+]
 BODIES = [
     b'{"model":"m","stream":true,"n":2,"max_tokens":5,"messages":[{"role":"user","content":"a"}]}',
+    b'{"model":"m","stream":true,"prompt":"a","max_tokens":9,"stop":["x","yz"],"logprobs":null}',
     b'{"model":"m","prompt":["a"],"stream_options":{"include_usage":false},"best_of":1}',
     b'{"model":"m","messages":[{"content":[{"type":"image_url","image_url":{"url":"data:x"}}]}],"tools":[]}',
 ]
@@ -136,6 +142,8 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "response_bodies": lambda: CHUNKED,
     "sse": lambda: EVENTS,
     "bodies": lambda: BODIES,
+    "resumed": lambda: [*EVENTS, *PARTS],
+    "continuations": lambda: BODIES,
     "configs": lambda: CONFIGS,
 }
 

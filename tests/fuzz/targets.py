@@ -17,6 +17,8 @@ from typing import Final, TypeVar
 from google.protobuf.message import DecodeError
 
 from lloom_sidecar.client.openai import TailHolder, read_body
+from lloom_sidecar.client.part import Part, Progress
+from lloom_sidecar.client.resume import body_after, is_exhausted, plan_of
 from lloom_sidecar.config import load_config
 from lloom_sidecar.errors import AnnouncementError, ConfigError, ProtocolError, ReceiptError, RequestError
 from lloom_sidecar.executor.body import BodyPolicy, prepare_body
@@ -428,6 +430,47 @@ def bodies(data: bytes) -> None:
             # Prepared once, it is a body of the backend's model that needs no further change but for usage.
             again = prepare_body(call.body, operation=operation, model="n", backend_model="n", policy=BodyPolicy())
             assert again.body == call.body
+
+
+@target
+def resumed(data: bytes) -> None:
+    """A streamed answer that may go on elsewhere: its first part, and a second one behind it."""
+    stops = ("<stop>", "ab")
+
+    def read(parts: Iterator[bytes], before: Progress, operation: int) -> tuple[bytes, Progress] | None:
+        part, shown = Part(operation, stops, before), b""
+        try:
+            for piece in parts:
+                shown += part.feed(piece)
+        except (SseError, ProtocolError):
+            return None
+        return shown, part.progress
+
+    for operation in (pb.OPERATION_CHAT, pb.OPERATION_COMPLETIONS):
+        whole = read(iter([data]), Progress(), operation)
+        assert read(pieces(data), Progress(), operation) == whole
+        if whole is not None:
+            again = read(iter([data]), whole[1], operation)
+            assert read(pieces(data), whole[1], operation) == again
+            part = Part(operation, stops, whole[1])
+            with contextlib.suppress(SseError, ProtocolError):
+                part.feed(data)
+                part.release()
+
+
+@target
+def continuations(data: bytes) -> None:
+    """The body behind which an answer goes on: what the application asked, as the next executor gets it."""
+    with contextlib.suppress(ValueError):
+        read_body(data)
+        for operation in (pb.OPERATION_CHAT, pb.OPERATION_COMPLETIONS):
+            plan = plan_of(operation, data)
+            # Whoever has answered has accepted the body.
+            with contextlib.suppress(RequestError):
+                prepare_body(data, operation=operation, model="m", backend_model="m", policy=BodyPolicy())
+                progress = Progress(text="some words", tokens=2)
+                if not plan.obstacle and not is_exhausted(plan, progress):
+                    read_body(body_after(plan, progress))
 
 
 # ---------------------------------------------------------------- files

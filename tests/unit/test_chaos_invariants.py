@@ -104,11 +104,16 @@ def test_ledgers_that_do_not_agree() -> None:
     mine, far = entry(), entry(has_ack=False)
     assert invariants.receipts([record], [mine], [far]) == []
     assert invariants.receipts([cut()], [], []) == []
-    assert len(invariants.receipts([record], [], [far])) == 1
+    assert len(invariants.receipts([record], [], [far])) == 2
     assert len(invariants.receipts([record], [mine], [])) == 1
     assert invariants.receipts([record], [mine], [], lambda _: True) == []
-    assert len(invariants.receipts([record], [entry(is_owed=False)], [far])) == 1
-    assert len(invariants.receipts([record], [mine], [entry(receipt=b"other")])) == 1
+    assert len(invariants.receipts([record], [entry(is_owed=False, reason="lost")], [far])) == 1
+    assert len(invariants.receipts([record], [mine], [entry(receipt=b"other")])) == 2
+    assert len(invariants.receipts([], [], [far])) == 1
+    assert invariants.receipts([], [entry(is_owed=False, reason="cancelled")], [far]) == []
+    assert invariants.receipts([], [entry(is_owed=False, reason="lost")], [entry(receipt=None)]) == []
+    assert len(invariants.receipts([], [entry(is_owed=False)], [far])) == 1
+    assert len(invariants.receipts([], [entry(receipt=None)], [])) == 1
     assert len(invariants.receipts([record], [mine, entry(request_digest=b"e")], [far])) >= 1
 
 

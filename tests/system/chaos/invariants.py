@@ -79,7 +79,20 @@ def receipts(
         if entry.is_owed:
             owed[entry.request_id].append(entry)
     held = {entry.request_digest: entry for entry in executors}
+    known = {entry.request_digest: entry for entry in client}
     found = []
+    for entry in client:
+        if entry.is_owed and entry.receipt is None:
+            found.append(f"owed without a receipt: {entry.request_digest.hex()}")
+        if not entry.is_owed and not entry.reason:
+            found.append(f"not owed without a reason: {entry.request_digest.hex()}")
+    # What an executor might bill, its client has settled too: as owed with the same receipt, or as not owed.
+    for entry in executors:
+        mine_too = known.get(entry.request_digest)
+        if entry.receipt is not None and mine_too is None:
+            found.append(f"an executor holds a receipt that its client does not know: {entry.request_digest.hex()}")
+        elif mine_too is not None and mine_too.is_owed and entry.receipt not in (None, mine_too.receipt):
+            found.append(f"two receipts of one exchange: {entry.request_digest.hex()}")
     for record in records:
         mine = owed[record.request_id] if record.request_id else []
         if record.outcome is not Outcome.COMPLETE:
