@@ -31,6 +31,10 @@ from lloom_sidecar.protocol.names import IDENTIFY_PROTOCOL_VERSION, MDNS_SERVICE
 MAX_STREAMS: Final = 1024
 """Streams of one peer that our p2pd's limits leave room for."""
 
+VALIDATOR_DEGREE: Final = 64
+"""Peers in a validator's gossip meshes, up to twice as many for a while. Clients and nodes behind NAT may have no other
+neighbour, and whom the library's mesh of 12 leaves out hears a part only. Source: docs/simulation.md, the hub."""
+
 _PACKAGED: Final = Path(__file__).parent.parent / "_bin" / "p2pd"
 
 Supervisor = DaemonSupervisor | AttachedDaemon
@@ -71,6 +75,7 @@ def daemon_settings(config: Config) -> DaemonSettings:
         announce=config.announce_addrs,
         dht_mode="server" if config.is_dht_server else "client",
         heartbeat_s=config.heartbeat_s,
+        gossip_degree=VALIDATOR_DEGREE if config.is_validator else None,
         user_agent=agent_version(__version__),
         protocol_version=IDENTIFY_PROTOCOL_VERSION,
         connmgr_lo=config.connections_low,

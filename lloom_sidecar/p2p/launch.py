@@ -56,6 +56,8 @@ class DaemonSettings:
     """``server`` answers others' lookups, ``client`` only asks, ``auto`` follows reachability."""
     heartbeat_s: float = 10.0
     """Gossipsub's heartbeat. Source: the seed's setting."""
+    gossip_degree: int | None = None
+    """Peers that a gossipsub mesh is meant to have, up to twice as many are let in; None = the library's 6 and 12."""
     user_agent: str | None = None
     """Identify's agent version; None = the binary's own."""
     protocol_version: str | None = None
@@ -287,6 +289,7 @@ def _add_services(args: _Args, settings: DaemonSettings) -> None:
     args.add("pubsubSign", "true")
     args.add("pubsubSignStrict", "true")
     args.add("gossipsubHeartbeatInterval", _duration(settings.heartbeat_s))
+    args.add("gossipsubDegree", _number(settings.gossip_degree))
     if settings.connmgr_lo is not None and settings.connmgr_hi is not None:
         args.add("connManager", "true")
         args.add("connLo", str(settings.connmgr_lo))

@@ -25,6 +25,7 @@ import structlog
 import trio
 
 from lloom_sidecar.errors import DaemonError
+from lloom_sidecar.node.daemon import VALIDATOR_DEGREE
 from lloom_sidecar.p2p.daemon import Daemon, Identity
 from lloom_sidecar.p2p.supervisor import DaemonSupervisor
 from tests.contract.binaries import find_ours, make_key, settings_for
@@ -78,13 +79,13 @@ class Lab:
         self.heartbeat_s = heartbeat_s
         self._count = 0
 
-    async def node(self, *, listens: bool = True) -> GossipNode:
+    async def node(self, *, listens: bool = True, **changes: object) -> GossipNode:
         """A daemon that knows nobody and listens to the topic, or does not yet."""
         self._count += 1
         directory = self._directory / str(self._count)
         directory.mkdir(mode=0o700)
         key = make_key(directory)
-        settings = settings_for(find_ours(), directory, key, dht_mode="off", heartbeat_s=self.heartbeat_s)
+        settings = settings_for(find_ours(), directory, key, dht_mode="off", heartbeat_s=self.heartbeat_s, **changes)
         found: list[Identity] = []
 
         async def on_up(daemon: Daemon, identity: Identity) -> None:
@@ -293,6 +294,35 @@ async def measure_newcomer(heartbeat_s: float, repeats: int) -> dict[str, Any]:
     }
 
 
+async def measure_star(heartbeat_s: float, leaves: int, degree: int | None) -> dict[str, Any]:
+    """Leaves that are connected to one hub only, as nodes behind NAT are to a validator: who hears each leaf's message.
+
+    ``degree`` is the hub's; the leaves keep the library's.
+    """
+    async with open_lab(heartbeat_s) as lab:
+        hub = await lab.node(gossip_degree=degree)
+        nodes = []
+        for _ in range(leaves):
+            leaf = await lab.node(listens=False)
+            await connect(leaf, hub)
+            while not await leaf.daemon.topic_peers(TOPIC):
+                await trio.sleep(0.02)
+            await lab.listen(leaf)
+            nodes.append(leaf)
+        await lab.settle()
+        for number, leaf in enumerate(nodes):
+            await leaf.say(number)
+        await trio.sleep(1.0)
+
+        def heard() -> float:
+            others = [(number, one) for number in range(leaves) for one in (hub, *nodes) if one is not nodes[number]]
+            return round(sum(number in one.heard for number, one in others) / len(others), 4)
+
+        at_once = heard()
+        await trio.sleep(3 * heartbeat_s)
+        return {"leaves": leaves, "degree": degree, "heard_within_1_s": at_once, "heard_3_heartbeats_later": heard()}
+
+
 def _loopback_bytes() -> float:
     return float(psutil.net_io_counters(pernic=True)["lo"].bytes_recv)
 
@@ -304,6 +334,7 @@ async def measure(heartbeats_s: Sequence[float], messages: int, repeats: int) ->
             "chain": await measure_chain(heartbeat_s, messages),
             "mesh": await measure_mesh(heartbeat_s, messages),
             "newcomer": await measure_newcomer(heartbeat_s, repeats),
+            "star": [await measure_star(heartbeat_s, 20, degree) for degree in (None, VALIDATOR_DEGREE)],
         }
     return answer
 

@@ -40,7 +40,7 @@ STOCK = frozenset(
 )
 OURS = STOCK | {
     *("userAgent", "protocolVersion", "streamsPerProtocolPeer", "connsPerIP", "controlMode", "exitOnStdinEOF"),
-    *("version", "psk", "mdns", "mdnsServiceTag", "staticRelays", "holePunch"),
+    *("version", "psk", "mdns", "mdnsServiceTag", "staticRelays", "holePunch", "gossipsubDegree"),
 }
 
 
@@ -92,6 +92,7 @@ class TestArgv:
                 announce=(TCP,),
                 dht_mode="client",
                 heartbeat_s=0.7,
+                gossip_degree=64,
                 user_agent="lloom/1",
                 protocol_version="/lloom/1.0.0",
                 streams_per_protocol_peer=99,
@@ -116,6 +117,7 @@ class TestArgv:
             "-announceAddrs=/ip4/0.0.0.0/tcp/4001",
             "-dhtClient=true",
             "-gossipsubHeartbeatInterval=700ms",
+            "-gossipsubDegree=64",
             "-userAgent=lloom/1",
             "-protocolVersion=/lloom/1.0.0",
             "-streamsPerProtocolPeer=99",

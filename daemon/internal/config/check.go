@@ -163,6 +163,7 @@ func checkNumbers(c *Config) error {
 		{"-relayMaxReservations", int64(c.Relay.MaxReservations), 0, 1 << 20},
 		{"-relayHopLimit", int64(c.Relay.HopLimit), 0, 1 << 20},
 		{"-relayLimitData", c.Relay.LimitData, 0, 1 << 50},
+		{"-gossipsubDegree", int64(c.PubSub.GossipSubDegree), 0, 1 << 12},
 		{"-pprofPort", int64(c.PProf.Port), 0, 65535},
 	} {
 		if n.value < n.lowest || n.value > n.most {

@@ -118,6 +118,9 @@ type PubSub struct {
 	SignStrict bool
 	// GossipSubHeartbeat is the router's clock.
 	GossipSubHeartbeat GossipSubHeartbeat
+	// GossipSubDegree is the number of peers that a mesh is meant to have, up
+	// to twice as many are let in; 0 keeps the library's (6, 12).
+	GossipSubDegree int
 }
 
 // GossipSubHeartbeat is the pace at which meshes are kept.

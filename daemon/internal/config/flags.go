@@ -93,6 +93,7 @@ func newFlagSet(c *Config, s *switches) *flag.FlagSet {
 	f.BoolVar(&c.Echo, "echo", c.Echo, "Enables echo protocol")
 
 	// This program's own.
+	f.IntVar(&c.PubSub.GossipSubDegree, "gossipsubDegree", c.PubSub.GossipSubDegree, "peers that a gossipsub mesh is meant to have, up to twice as many are let in; 0 keeps the library's 6 and 12")
 	f.StringVar(&c.UserAgent, "userAgent", c.UserAgent, "identify's agent `version`")
 	f.StringVar(&c.ProtocolVersion, "protocolVersion", c.ProtocolVersion, "identify's protocol `version`")
 	f.IntVar(&c.StreamsPerProtocolPeer, "streamsPerProtocolPeer", c.StreamsPerProtocolPeer, "limit of open streams of one protocol with one peer, each way")

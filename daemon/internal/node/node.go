@@ -248,6 +248,10 @@ func (n *Node) startServices(ctx context.Context, c config.Config, warn func(str
 		if d := time.Duration(c.PubSub.GossipSubHeartbeat.InitialDelay); d > 0 {
 			ps.GossipSubHeartbeatInitialDelay = d
 		}
+		if n := c.PubSub.GossipSubDegree; n > 0 {
+			// Never below the library's own, which its other parameters go with.
+			ps.GossipSubD, ps.GossipSubDhi = max(n, ps.GossipSubD), max(2*n, ps.GossipSubDhi)
+		}
 		if err := n.daemon.EnablePubsub(c.PubSub.Router, c.PubSub.Sign, c.PubSub.SignStrict); err != nil {
 			return fault.New("pubsub", err, "check the -pubsub flags")
 		}
