@@ -193,7 +193,7 @@ class Asker:
         """The call with what this executor may charge: its promise if it gave one, else what it announced."""
         quote = self._quote_of(view.peer, call.model)
         if quote is None:
-            return replace(call, max_price=view.offer.price)
+            return call if call.max_price == view.offer.price else replace(call, max_price=view.offer.price)
         return replace(call, max_price=quote.price, quote_id=quote.quote_id)
 
 

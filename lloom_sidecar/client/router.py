@@ -115,7 +115,7 @@ class Router:
         away: frozenset[PeerId] = frozenset()
         allowed = MAX_ATTEMPTS
         while True:
-            choice = self._choose(replace(wanted, excluded=wanted.excluded | tried), policy)
+            choice = self._choose(replace(wanted, excluded=wanted.excluded | tried) if tried else wanted, policy)
             route.choices.append(choice)
             if choice.pick is None:
                 if error is None and not self._offered(wanted.model):
@@ -169,8 +169,9 @@ class Router:
         lost_as = "raced" if len(picks) > 1 else "hedged"
 
         async def ask(view: ExecutorView, on_first: Callable[[], None] = lambda: None) -> LloomError | None:
-            # The second of two has no alternative any more: it is waited for.
-            wait_s = budget_s if view in picks else math.inf
+            wait_s = budget_s
+            if view not in picks:  # a hedge: twice the time, as for any second attempt, unless it is the last there is
+                wait_s = 2 * budget_s if len(others) > 1 else math.inf
             return await self._asker.ask(
                 view, call, use, route, budget_s=wait_s, ceiling=wanted.max_price, on_first=on_first, lost_as=lost_as
             )

@@ -22,7 +22,7 @@ from lloom_sidecar.peers.health import Outcome
 from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.selection import DEFAULT_RACE, Policy
 from lloom_sidecar.protocol.offers import Price
-from tests.fakes.router_bench import BUSY, Bench, refused
+from tests.fakes.router_bench import BUSY, Bench, peer, refused
 
 EUR = Price(1, 2, "EUR")
 
@@ -186,6 +186,18 @@ class TestHedge:
         b.scripts[slow], b.scripts[fast] = [[3.0, b"x"]], [[3.0, b"x"]]
         await b.run(hedge=Hedge.FREE)
         assert dict(b.reasons()) == {slow: "lost", fast: ""}  # the first was given up within its budget
+
+    async def test_when_both_are_silent_a_third_is_asked(self, autojump_clock: MockClock) -> None:
+        b, slow, fast = self.slow_and_fast()
+        third = b.add(3, [1e9], [1e9])
+        b.measured(0.1, third)
+        for who in (slow, fast, third):
+            b.scripts[who] = [[1e9, b"never"]]
+        b.scripts[b.add(4)] = [[0.05, b"x"]]
+        began_at = trio.current_time()
+        await b.run(hedge=Hedge.FREE, pinned=frozenset({slow, fast, third, peer(4)}))
+        assert b.answered == [peer(4)]
+        assert trio.current_time() - began_at < 10
 
     async def test_the_first_may_still_win(self, autojump_clock: MockClock) -> None:
         b, slow, fast = self.slow_and_fast()
