@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from .backend import ScriptedBackend
@@ -105,9 +106,17 @@ def raced(network: Network, tag: int) -> float:
     return float(max(one["ended_at"] for one in entries) - left_at) * 1000
 
 
+def serves(client: Node, peer: str) -> bool:
+    """Whether this executor answers when it alone may."""
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "chunks=1"}]}
+    return client.post("/v1/chat/completions", body, headers={"x-lloom-pin-executor": peer}).status_code == 200
+
+
 def after_failover(network: Network, tag: int) -> float:
     """At the second executor, when the first has failed: its backend answers everything with 500."""
     sick = network.backends[0]
+    for executor in network.executors:  # one that failed before is asked first again only when it has served again
+        wait_until(partial(serves, network.client, executor.peer), "the executor to be used again", timeout_s=60)
     sick.set_script(status=500)
     try:
         for _ in range(50):

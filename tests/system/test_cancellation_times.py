@@ -29,7 +29,7 @@ def test_times() -> None:
     print()
     with Network(validators=1, executors=2, clients=1, flags=["--heartbeat", "1"]) as network:
         for kind, measure in KINDS.items():
-            times = TIMES if kind != "after a failover" else TIMES // 5
+            times = TIMES if kind != "after a failover" else TIMES // 10
             show(kind, [measure(network, next(tags)) for _ in range(times)])
     with Network(validators=1, executors=0, clients=1) as network:
         executor = network.add("executor", "--slots", "1")
