@@ -11,6 +11,7 @@ from lloom_sidecar.errors import ReceiptError, RemoteProtocolError
 from lloom_sidecar.protocol import claims
 from lloom_sidecar.protocol.envelope import Signer, seal
 from lloom_sidecar.protocol.names import KIND_ACK, KIND_QUOTE, KIND_RECEIPT, KIND_REQUEST
+from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 
 CLIENT = Signer(bytes(range(32)))
@@ -188,6 +189,54 @@ class TestReceipt:
             check_receipt(envelope)
 
 
+class TestCheckpoint:
+    def check(self, envelope: bytes, before: pb.ReceiptClaims | None = None, **request: Any) -> pb.ReceiptClaims:
+        return claims.check_checkpoint(
+            envelope,
+            client=CLIENT.peer,
+            executor=EXECUTOR.peer,
+            request_digest=b"q" * 32,
+            request=request_claims(**request),
+            answer_digest=b"a" * 32,
+            answer_bytes=7,
+            before=before,
+        )
+
+    def make(self, **changes: Any) -> pb.ReceiptClaims:
+        return receipt_claims(outcome=pb.OUTCOME_PARTIAL, **changes)
+
+    @pytest.mark.parametrize("tokens", [None, 19, 20])
+    def test_one_that_goes_on_from_the_one_before_is_believed(self, tokens: int | None) -> None:
+        before = None
+        if tokens is not None:
+            before = self.make(usage=pb.Usage(prompt_tokens=10, completion_tokens=tokens))
+        assert self.check(claims.seal_checkpoint(self.make(), EXECUTOR), before) == self.make()
+
+    @pytest.mark.parametrize(
+        ("before", "what"),
+        [
+            ({"price": pb.Price(prompt_per_million=1, currency="EUR")}, "price"),
+            ({"usage": pb.Usage(prompt_tokens=10, completion_tokens=21)}, "usage"),
+            ({"usage": pb.Usage(prompt_tokens=11, completion_tokens=20)}, "usage"),
+        ],
+    )
+    def test_one_that_goes_back_says_where(self, before: dict[str, Any], what: str) -> None:
+        with pytest.raises(ReceiptError, match=f"checkpoint does not fit this exchange: {what}$"):
+            self.check(claims.seal_checkpoint(self.make(), EXECUTOR), self.make(**before))
+
+    @pytest.mark.parametrize(
+        ("made", "what"),
+        [(receipt_claims(), "outcome"), (receipt_claims(outcome=pb.OUTCOME_PARTIAL, model="n"), "model")],
+    )
+    def test_one_that_does_not_fit_says_where(self, made: pb.ReceiptClaims, what: str) -> None:
+        with pytest.raises(ReceiptError, match=f"checkpoint does not fit this exchange: {what}$"):
+            self.check(claims.seal_checkpoint(made, EXECUTOR))
+
+    def test_a_receipt_is_no_checkpoint(self) -> None:
+        with pytest.raises(ReceiptError, match="cannot be used"):
+            self.check(claims.seal_receipt(self.make(), EXECUTOR))
+
+
 class TestQuote:
     FIELDS: ClassVar[dict[str, Any]] = {
         "quote_id": b"q",
@@ -241,6 +290,20 @@ class TestQuote:
 )
 def test_cost_is_rounded_up_once(prompt: int, completion: int, cost: int) -> None:
     assert claims.cost_of(PRICE, pb.Usage(prompt_tokens=prompt, completion_tokens=completion)) == cost
+
+
+@pytest.mark.parametrize(
+    ("price", "holds"),
+    [
+        (Price(), True),
+        (Price(100, 200, "EUR"), True),
+        (Price(101, 200, "EUR"), False),
+        (Price(100, 201, "EUR"), False),
+        (Price(1, 1, "USD"), False),
+    ],
+)
+def test_a_price_is_under_a_ceiling_in_both_parts_and_its_currency(price: Price, holds: bool) -> None:
+    assert claims.is_under(price, PRICE) is holds
 
 
 def test_a_salted_digest_is_that_of_both() -> None:

@@ -27,6 +27,10 @@ BACK_S = 60.0
 """Longest that an executor may take to be back."""
 
 
+LOOK_S = 1.2
+"""A little more than between two looks of a node at its connections. Source: network/connections.py."""
+
+
 class World:
     """One validator, some executors with scripted backends, one client node."""
 
@@ -99,18 +103,25 @@ class World:
 
     async def _strike_validator(self, task_status: trio.TaskStatus[None]) -> None:
         validator = self.network.validators[0]
+        dead = validator.pid_of("p2pd")
         await _in_thread(partial(validator.kill, "p2pd"))
         task_status.started()
-        await _in_thread(lambda: wait_until(lambda: _has_p2pd(validator), "p2pd", timeout_s=BACK_S))
+        await _in_thread(lambda: _wait_p2pd(validator, dead))
 
     async def _strike_executor(self, part: str, number: int, task_status: trio.TaskStatus[None]) -> None:
         victim, backend = self.network.executors[number], self.network.backends[number]
+        dead = victim.pid_of("p2pd") if part == "p2pd" else 0
         await _in_thread(backend.kill if part == "backend" else partial(victim.kill, part))
         task_status.started()
         if part == "sidecar":
             await _in_thread(victim.start)
         elif part == "backend":
             await _in_thread(backend.start)
+        else:
+            await _in_thread(lambda: _wait_p2pd(victim, dead))
+        await self.wait_back(victim)
+        # The client looks at its connections each second: what it says may be of before.
+        await trio.sleep(LOOK_S)
         await self.wait_back(victim)
 
     async def wait_back(self, victim: Node) -> None:
@@ -173,10 +184,15 @@ class World:
         )
 
 
-def _has_p2pd(node: Node) -> bool:
-    with suppress(AssertionError, NodeUnreachableError):
-        return bool(node.pid_of("p2pd")) and bool(node.status()["p2pd"]["up"])
-    return False
+def _wait_p2pd(node: Node, dead: int) -> None:
+    """Until the node has another p2pd than the ``dead`` one, which for a moment it takes for alive."""
+
+    def has_another() -> bool:
+        with suppress(AssertionError, NodeUnreachableError):
+            return node.pid_of("p2pd") != dead and bool(node.status()["p2pd"]["up"])
+        return False
+
+    wait_until(has_another, f"another p2pd of {node.name}", timeout_s=BACK_S, explain=node.log_tail)
 
 
 async def _in_thread(call: Callable[[], object]) -> None:
