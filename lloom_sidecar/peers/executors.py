@@ -155,6 +155,13 @@ class ExecutorView:
         return self._executor.full.is_member or self._executor.is_proven
 
     @property
+    def is_proven(self) -> bool:
+        """It answered us: a hello in our network was completed, or it has served; or it is on the allow list. Of the
+        others there is an announcement only, which anybody with the key can make for a node that does not exist."""
+        executor = self._executor
+        return executor.is_proven or executor.has_served or executor.is_listed
+
+    @property
     def is_direct(self) -> bool:
         """The announcement came from the executor itself."""
         return self._executor.is_direct

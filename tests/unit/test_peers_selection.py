@@ -101,6 +101,36 @@ class Network:
         return picked
 
 
+# ---------------------------------------------------------------- invented executors
+def test_after_a_failure_those_that_have_proven_to_exist_come_first() -> None:
+    net = Network()
+    real = net.add(1)
+    for number in range(2, 1002):
+        net.add(number, ModelOffer("m", slots=1000))
+    drawn = net.choose().pick
+    assert drawn is not None
+    assert not drawn.is_proven
+    # A failure, and it is still one among a thousand.
+    failed = frozenset({drawn.peer})
+    assert len(net.spread(20, excluded=failed)) > 5
+    net.book.on_hello(real, is_member=True, roles=frozenset(), features=frozenset(), max_streams=1, now=net.now)
+    assert net.spread(20, excluded=failed) == {real: 20}
+    assert len(net.spread(20)) > 5  # a first attempt goes to anybody
+    for policy in Policy:
+        assert net.spread(3, policy=policy, excluded=failed) == {real: 3}
+    # Not when it failed itself.
+    assert real not in net.spread(20, excluded=failed | {real})
+
+
+def test_one_that_has_served_has_proven_to_exist() -> None:
+    net = Network()
+    real, _ = net.add(1), net.add(2)
+    net.book.mark_served(real)
+    (view,) = [view for view in net.book.index_of("m") if view.peer == real]
+    assert view.is_proven
+    assert net.spread(10, excluded=frozenset({peer(3)})) == {real: 10}
+
+
 # ---------------------------------------------------------------- filters
 EUR = Price(10, 20, "EUR")
 
