@@ -92,8 +92,8 @@ def test_an_open_client_is_not_served_by_an_executor_that_is_not_open(network: N
     # Hello does not tell it what there is; only the topic does, when everything is announced because something changed.
     with network.executors[0].admin() as admin:
         admin.set_price("scripted", "1/1 EUR")
+        network.wait_known(strangers.open_client, [network.executors[0]], timeout_s=30)
         admin.set_price("scripted", "free")
-    network.wait_known(strangers.open_client, [network.executors[0]], timeout_s=30)
     before = network.executors[0].metric("lloom_refused_total", code="not_member")
     answer = strangers.open_client.chat("a secret chunks=2")
     assert answer.status_code in (404, 502, 503), answer.text
