@@ -50,13 +50,14 @@ def read(
     path: str = "/v1/chat/completions",
     resume: str | None = "on",
     pin: str | None = None,
+    max_price: str | None = None,
     **more: Any,
 ) -> Read:
     """Ask and read to the end, whatever that is."""
     asked = {"messages": [{"role": "user", "content": prompt}]} if "chat" in path else {"prompt": prompt}
     body = {"model": "scripted", "stream": True, **asked, **more}
     found = Read()
-    given = {"x-lloom-resume": resume, "x-lloom-pin-executor": pin}
+    given = {"x-lloom-resume": resume, "x-lloom-pin-executor": pin, "x-lloom-max-price": max_price}
     headers = {name: value for name, value in given.items() if value is not None}
     with (
         httpx.Client(timeout=60, trust_env=False) as http,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.harness import Network
 from tests.harness.cut_streams import cut_at_random, read, text_of, wait_can_resume
+from tests.harness.waiting import wait_until
 
 WEIGHTS = "5" * 64
 OTHER_WEIGHTS = "6" * 64
@@ -59,6 +61,29 @@ def test_a_killed_executor(network: Network) -> None:
     assert usage.completion_tokens == chunks
     victim.start()
     wait_can_resume(network, network.executors)
+
+
+def test_each_part_of_a_priced_answer_is_settled_for_itself(network: Network) -> None:
+    """The part that was cut owes its last checkpoint, the other one its receipt."""
+    client = network.client
+    for executor in network.executors:
+        assert executor.ctl("executor", "price", "scripted", "0/1000000 EUR").returncode == 0
+    try:
+        found = read(client, "seed=5 chunks=1300 cut=1200", max_price="0/9000000 EUR", max_tokens=1300)
+        assert (found.text, found.error) == (text_of(5, 1300), {})
+    finally:
+        for executor in network.executors:
+            assert executor.ctl("executor", "price", "scripted", "free").returncode == 0
+
+    def of_it() -> list[dict[str, Any]]:
+        listed = json.loads(client.ctl("receipt", "list", "--role", "client", "--json").stdout)["receipts"]
+        return [one for one in listed if one["request_id"] == found.headers["x-request-id"]]
+
+    second, first = wait_until(lambda: len(of_it()) == 2 and of_it(), "both parts to be settled")
+    assert (first["owed"], first["outcome"], second["owed"], second["outcome"]) == (True, "partial", True, "complete")
+    assert 1000 < first["cost"] <= 1200
+    assert second["cost"] == 100
+    assert first["peer"] != second["peer"]
 
 
 @pytest.mark.parametrize(
