@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,8 +92,14 @@ def test_two_open_nodes_serve_each_other_and_say_so(network: Network, strangers:
 def test_an_open_client_is_not_served_by_an_executor_that_is_not_open(network: Network, strangers: Strangers) -> None:
     # Hello does not tell it what there is; only the topic does, when everything is announced because something changed.
     with network.executors[0].admin() as admin:
-        admin.set_price("scripted", "1/1 EUR")
-        network.wait_known(strangers.open_client, [network.executors[0]], timeout_s=30)
+        prices = itertools.count(1)
+
+        def is_heard() -> bool:
+            admin.set_price("scripted", f"{next(prices)}/1 EUR")
+            return network.executors[0].peer in strangers.open_client.executors()
+
+        # Whoever has just joined the topic is not yet in everybody's mesh: said once, it may go unheard.
+        wait_until(is_heard, "the stranger to hear of the executor", timeout_s=30, poll_s=1.5)
         admin.set_price("scripted", "free")
     before = network.executors[0].metric("lloom_refused_total", code="not_member")
     answer = strangers.open_client.chat("a secret chunks=2")
