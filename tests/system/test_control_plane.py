@@ -346,6 +346,10 @@ def test_the_seeds_eight_events_in_order() -> None:
         network.clients.append(client)
         network.wait_known(client)
         assert client.chat("hello").status_code == 200
+        # A client that joined a moment ago has no place in gossip's mesh yet, and would miss the removal.
+        wait_until(
+            lambda: client.metric("lloom_messages_received_total", kind="announcement"), "gossip to come", timeout_s=30
+        )
         network.executors[0].stop()
         wait_until(lambda: events_of(client, "connection_closed"), "the end of a connection", timeout_s=30)
         wait_until(lambda: events_of(client, "executor_lost"), "the executor's removal", timeout_s=30)
