@@ -181,7 +181,9 @@ class Asker:
             self._book.mark_served(peer)
             return None
         outcome = _outcome_of(failure)
-        returns_s = None if outcome is Outcome.ANSWERED else failure.retry_after_s
+        # One that shuts down leaves the network; when it is back, it need not be waited for.
+        is_asking = outcome is not Outcome.ANSWERED and failure.code != "draining"
+        returns_s = failure.retry_after_s if is_asking else None
         self._health.end(ticket, outcome, now, retry_after_s=returns_s)
         if not isinstance(failure, RefusedError):
             self._book.mark_failed(peer, now)

@@ -118,8 +118,9 @@ class Router:
             choice = self._choose(replace(wanted, excluded=wanted.excluded | tried) if tried else wanted, policy)
             route.choices.append(choice)
             if choice.pick is None:
-                if error is None and not self._offered(wanted.model):
-                    await self._look_further(wanted.model, patience)
+                if not self._offered(wanted.model):
+                    await self._look_further(wanted.model, patience, error)
+                    tried, away = tried - away, frozenset()
                     continue
                 if choice.retry_after_s is not None:
                     is_worth_it = await patience.wait(choice.retry_after_s)
@@ -232,9 +233,9 @@ class Router:
             if one.offer.context_length <= view.offer.context_length
         )
 
-    async def _look_further(self, model: str, patience: _Patience) -> None:
+    async def _look_further(self, model: str, patience: _Patience, error: LloomError | None) -> None:
         """Nobody that we know of offers the model: search the network, then wait for its return, or raise."""
-        if not patience.has_looked:
+        if not patience.has_looked and error is None:
             patience.has_looked = True
             with trio.move_on_after(LOOK_UP_S):
                 await self._look_up(model)
@@ -242,7 +243,7 @@ class Router:
                 return
         was_here = self._book.seen_model(model, trio.current_time())
         if not was_here or not await patience.wait_for_return():
-            raise self.absence(model)
+            raise error or self.absence(model)
 
     def absence(self, model: str) -> RoutingError:
         """Why nobody offers ``model``: 404 only when the catalogue is complete and it was not seen for 24 h."""

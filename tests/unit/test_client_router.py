@@ -471,6 +471,29 @@ class TestWaiting:
         assert len(route.attempts) == 3
         assert trio.current_time() < 5
 
+    async def test_one_that_leaves_the_network_and_returns(self, autojump_clock: MockClock) -> None:
+        b = Bench()
+        b.add(1, *[refused(503, "draining", retry_after_s=5.0)] * 20, ttl_s=1.0)
+        began_at = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(b.run)
+            await trio.sleep(1.5)
+            b.book.expire(trio.current_time())
+            assert not b.book.executors_of("m", trio.current_time())
+            await trio.sleep(2)
+            back = b.add(2)
+        assert b.answered == [back]
+        assert trio.current_time() - began_at < 5
+        assert b.looked_up == []
+
+    async def test_one_that_is_back_at_once_is_not_kept_out(self, autojump_clock: MockClock) -> None:
+        b = Bench()
+        b.add(1, refused(503, "draining", retry_after_s=5.0))
+        began_at = trio.current_time()
+        await b.run()
+        assert len(b.answered) == 1
+        assert trio.current_time() - began_at < 1.5
+
     async def test_but_not_for_ever(self, autojump_clock: MockClock) -> None:
         b = Bench()
         b.add(1, *[PeerUnreachableError("dead")] * 100)
