@@ -42,7 +42,10 @@ def deaths(outages: Sequence[Outage]) -> list[str]:
     lines = [f"{len(outages)} kills: " + ", ".join(f"{count} x {part}" for part, count in parts.most_common())]
     away = sorted(end - begin for begin, end in _downtimes(outages))
     if away:
-        lines.append(f"an executor was away: median {away[len(away) // 2]:.2f} s, worst {away[-1]:.2f} s")
+        worst = max(outages, key=lambda one: (one.kill.executor is not None, one.ended_at - one.began_at))
+        lines.append(
+            f"an executor was away: median {away[len(away) // 2]:.2f} s, worst {away[-1]:.2f} s ({worst.kill.name})"
+        )
     return lines
 
 
