@@ -26,7 +26,7 @@ FAULTS = [*BEFORE_ITS_FIRST_BYTE, *IN_ITS_MIDDLE, "lies"]
 async def test_a_bad_backend(fault: str) -> None:
     with Network(validators=1, executors=3, clients=1, flags=FAST, keeps_ports=True) as network:
         world = World(network, seed=8)
-        directives = {**BEFORE_ITS_FIRST_BYTE, **IN_ITS_MIDDLE, "lies": {"lie": 1000}}[fault]
+        directives = {**BEFORE_ITS_FIRST_BYTE, **IN_ITS_MIDDLE, "lies": {"lie": 1_000_000}}[fault]
         await trio.to_thread.run_sync(lambda: network.backends[0].set_script(**directives))
         bad = network.executors[0].peer
         asks = (make_ask(8, tag, leavers=False) for tag in range(1, 201))
