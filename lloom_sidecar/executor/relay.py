@@ -24,6 +24,7 @@ MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 MAX_DOCUMENT_BYTES: Final = 64 * 1024 * 1024
 """Largest unstreamed answer."""
 _SCANNER: Final = msgspec.json.Decoder(msgspec.Raw)
+_ENDS_FOR_LENGTH: Final = re.compile(rb'"finish_reason"\s*:\s*"length"')
 _NO_USAGE: Final = re.compile(rb'"usage"\s*:\s*null')
 
 
@@ -71,6 +72,8 @@ class EventRelay:
                 raise BackendRejectedError("the backend failed in the middle of its answer", status=502, body=payload)
             if not self._first:
                 self._first = payload
+            if self._call.is_shortened and _ENDS_FOR_LENGTH.search(payload) is not None:
+                self._meter.is_stopped = True
             if not self._call.wants_stream:
                 self._merge(payload)
             elif not _is_json_object(payload):
@@ -81,8 +84,6 @@ class EventRelay:
                     continue
             elif b'"finish_reason":"' in payload or b'"finish_reason": "' in payload:
                 self._merger.has_finished = True
-                if self._call.is_shortened and b'"length"' in payload:
-                    self._meter.is_stopped = True
             self._meter.chunks += 1
             out.append(event)
             if self._max_chunks is not None and self._meter.chunks > self._max_chunks and not self._merger.has_finished:

@@ -97,7 +97,7 @@ class Ledger:
         self._writes = 0
         self._thread_limiter = trio.CapacityLimiter(1)
         self.failed_writes = 0
-        """Jobs given by a ``_nowait`` method that could not be written."""
+        """Jobs given to a ``_nowait`` method that were not written: they failed, or the queue was full."""
         self.last_error: str | None = None
         """Why the last write failed for want of room or for damage; None when a later one succeeded."""
 
@@ -237,6 +237,7 @@ class Ledger:
         try:
             self._send.send_nowait(_Job(work, is_awaited=False))
         except trio.WouldBlock:
+            self.failed_writes += 1
             raise LedgerBusyError("the ledger's queue is full: the disk does not keep up") from None
 
     def _check_open(self) -> None:

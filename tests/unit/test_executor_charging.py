@@ -16,8 +16,9 @@ from lloom_sidecar.executor.statements import CHECKPOINT_S, CHECKPOINT_TOKENS
 from lloom_sidecar.executor.unacked import FORGET_S, GRACE_S, MAX_PEERS, UnackedBook
 from lloom_sidecar.ids import PeerId
 from lloom_sidecar.protocol.claims import check_checkpoint, salted_digest, seal_ack
+from lloom_sidecar.protocol.compression import Decoder
 from lloom_sidecar.protocol.envelope import open_envelope
-from lloom_sidecar.protocol.exchange import CheckpointReceived, DataReceived, EndReceived
+from lloom_sidecar.protocol.exchange import CheckpointReceived, DataReceived, EndReceived, HeadReceived
 from lloom_sidecar.protocol.names import KIND_CHECKPOINT, KIND_RECEIPT
 from lloom_sidecar.protocol.offers import Price
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
@@ -104,6 +105,25 @@ class TestCheckpoints:
             _, found = await read_checked(r)
             assert found == []
 
+    async def test_a_compressed_stream_is_signed_for_as_the_application_gets_it(self) -> None:
+        async with bench(many(1500), price=PRICE, compresses=True, compresses_streams=True) as b:
+            r = await b.open()
+            await r.ask(max_price=CEILING)
+            packed, checkpoint, decoder = b"", None, None
+            while not isinstance(event := await r.next(), EndReceived):
+                match event:
+                    case HeadReceived(encoding=encoding):
+                        decoder = Decoder(encoding)
+                    case DataReceived(data=data):
+                        packed += data
+                    case CheckpointReceived(envelope=envelope):
+                        assert decoder is not None
+                        answer = decoder.decode(packed, 1 << 24)
+                        checkpoint = claims_of(envelope, is_checkpoint=True)
+                        assert checkpoint.answer_bytes == len(answer) > len(packed)
+                        assert checkpoint.answer_digest == salted_digest(SALT, answer)
+            assert checkpoint is not None
+
     async def test_the_backends_own_running_count_is_taken_where_it_gives_one(self) -> None:
         usage = {"prompt_tokens": 7, "completion_tokens": 9}
         script = [*sse(*(chunk("a", usage=usage) for _ in range(1024)), done=False), *many(1)]
@@ -169,15 +189,19 @@ class TestMaxCost:
             assert choice["message"]["content"].startswith("w0w1")
             assert claims_of(r.receipt).outcome == pb.OUTCOME_STOPPED
 
-    async def test_one_that_keeps_to_it_ends_by_itself_and_the_receipt_says_why(self) -> None:
-        script = [*many(10, ends=False), *sse(chunk("", "length"))]
+    @pytest.mark.parametrize("body", [STREAMED, WHOLE])
+    @pytest.mark.parametrize("more", [{}, {"usage": {"prompt_tokens": 1, "completion_tokens": 10}}])
+    async def test_one_that_keeps_to_it_ends_by_itself_and_the_receipt_says_why(
+        self, body: dict[str, Any], more: dict[str, Any]
+    ) -> None:
+        script = [*many(10, ends=False), *sse(chunk("", "length", **more))]
         async with bench(script, price=PRICE) as b:
             r = await b.open()
-            await r.ask(max_price=CEILING, max_cost=len(json.dumps(STREAMED)) + 10, max_cost_set=True)
+            await r.ask(body, max_price=CEILING, max_cost=len(json.dumps(body)) + 10, max_cost_set=True)
             await read_checked(r)
             assert claims_of(r.receipt).outcome == pb.OUTCOME_STOPPED
             b.backend.script = script
-            await r.ask(max_price=CEILING, max_cost=10_000, max_cost_set=True)
+            await r.ask(body, max_price=CEILING, max_cost=10_000, max_cost_set=True)
             await read_checked(r)
             assert claims_of(r.receipt).outcome == pb.OUTCOME_COMPLETE
 
