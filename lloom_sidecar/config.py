@@ -696,6 +696,32 @@ class Config:
         ),
     )
 
+    # --- trust
+    audit: bool = field(
+        default=False,
+        metadata=_about(
+            _SWITCH,
+            "--audit",
+            "network",
+            "On a validator: now and then ask executors of one model the same question, and publish evidence against "
+            "those that answer unlike the others. Priced ones are asked only up to --max-price.",
+        ),
+    )
+    audit_interval_s: float = field(
+        default=600.0,
+        metadata=_about(_seconds(1, 86400), "--audit-interval", "network", "Mean time between two audits; at random."),
+    )
+    avoid_doubted: bool = field(
+        default=False,
+        metadata=_about(
+            _SWITCH,
+            "--avoid-doubted",
+            "network",
+            "Send nothing to executors that a configured validator's evidence, or their own receipts, speak against. "
+            "Without it they only cost more in a choice.",
+        ),
+    )
+
     # --- network
     bootstrap: tuple[Multiaddr, ...] = field(
         default=(),
@@ -933,6 +959,11 @@ class Config:
     def is_dht_server(self) -> bool:
         """True when p2pd is started as a DHT server."""
         return self.dht == "server" or (self.dht == "auto" and (self.is_executor or self.is_validator))
+
+    @property
+    def audits(self) -> bool:
+        """True when this validator audits executors."""
+        return self.audit and self.is_validator
 
     @property
     def has_gossip(self) -> bool:
@@ -1257,6 +1288,9 @@ class _Loader:
     def _check_roles(self, config: Config) -> None:
         if not config.roles and "roles" not in self._faulty:
             self._faults.append("no role is given: add --role client, --role executor or --role validator")
+
+        if config.roles and config.audit and not config.is_validator and self._sources.get("audit") == "flag":
+            self._faults.append(f"{self._label('audit')} is for validators only: add --role validator, or leave it out")
 
     def _check_executor(self, config: Config) -> None:
         chosen = [name for name in ("backend", "model") if self._is_given(name)]

@@ -156,6 +156,12 @@ CONDITION_KINDS: Final = (
         Severity.INFO,
         "`lloomctl executor resume` lets it take work again.",
     ),
+    ConditionKind(
+        "executor_doubted",
+        "executors are doubted",
+        Severity.WARNING,
+        "`lloomctl executor show PEER` says why; --avoid-doubted sends them nothing, a pin goes past it.",
+    ),
     ConditionKind("draining", "the node is draining", Severity.INFO, "It ends when its requests have ended."),
 )
 """Every condition that a node can have."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -29,7 +29,7 @@ DISCOVERY_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.
 
 Role = Literal["client", "executor"]
 """Which side of an exchange this node was: it asked, or it answered."""
-MessageKind = Literal["request", "announcement", "status", "hello"]
+MessageKind = Literal["request", "announcement", "status", "evidence", "hello"]
 
 
 class _Words:
@@ -138,7 +138,7 @@ class Metrics:
         self._duration_of = {role: self._duration.labels(role) for role in ("client", "executor")}
         self._first_token_of = {role: self._first_token.labels(role) for role in ("client", "executor")}
         self._in_flight_of = {role: self._in_flight.labels(role) for role in ("client", "executor")}
-        self._sent_of = {kind: self._sent.labels(kind) for kind in ("request", "announcement", "status", "hello")}
+        self._sent_of = {kind: self._sent.labels(kind) for kind in get_args(MessageKind)}
         self._received_of = {kind: self._received.labels(kind) for kind in self._sent_of}
 
     # --- the network

@@ -256,6 +256,10 @@ class ExecutorInfo(TypedDict):
     """As it announced."""
     models: list[str]
     """Ids."""
+    trust: float
+    """1 = nothing is held against it, 0 = fully doubted."""
+    doubts: list[str]
+    """Why it is doubted, the strongest reason first."""
 
 
 class SettingInfo(TypedDict):

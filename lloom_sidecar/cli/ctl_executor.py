@@ -95,6 +95,8 @@ def show_executor(target: Target, which: str, as_json: bool) -> None:
             ("lease", f"{found['state']}, {output.duration(found['lease_left_s'])} left"),
             ("path", f"{found['path']}, {output.milliseconds(rtt_ms)}" if found["connected"] else "not connected"),
             ("circuit", found["circuit"]),
+            ("trust", f"{found['trust']:.2f}"),
+            ("doubts", found["doubts"]),
             ("load", f"{found['in_flight']} in flight, {found['queued']} queued"),
             ("found by", known["source"] if known else None),
             ("addresses", known["addrs"] if known else []),

@@ -100,6 +100,8 @@ class ApiSettings:
     """When not empty, ``Authorization: Bearer`` must be one of them."""
     deadline_s: float = DEFAULT_DEADLINE_S
     policy: Policy = Policy.ADAPTIVE
+    min_trust: float = 0.0
+    """Executors that are trusted less get nothing, 0 to 1."""
     max_body_bytes: int = MAX_BODY_BYTES
     """Of a body that came compressed; what comes as it is was bounded by the server."""
     hedge: Hedge = Hedge.OFF
@@ -275,6 +277,7 @@ class OpenAiApi:
             pinned=pinned(request),
             max_price=max_price(request) or settings.max_price,
             hedge=hedge(request) or settings.hedge,
+            min_trust=settings.min_trust,
         )
         streams = asked.stream and operation in STREAMED_OPERATIONS
         chosen_by = policy(request) or settings.policy

@@ -19,6 +19,7 @@ from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.network.bootstrap import VALIDATOR_TAG, Bootstrap, group_by_peer
 from lloom_sidecar.network.connections import Connections
 from lloom_sidecar.network.discovery import Discovery
+from lloom_sidecar.network.evidence import EvidenceBoard
 from lloom_sidecar.network.gossip import run_gossip, run_topic
 from lloom_sidecar.network.greeter import Greeter
 from lloom_sidecar.network.hello import Greeted, HelloService
@@ -32,8 +33,10 @@ from lloom_sidecar.p2p.daemon import Daemon, TopicMessage
 from lloom_sidecar.peers.addresses import dialable
 from lloom_sidecar.peers.peerbook import CataloguePage, PeerBook
 from lloom_sidecar.peers.rate import RateLimiter
-from lloom_sidecar.protocol.envelope import Signer
-from lloom_sidecar.protocol.names import TOPIC_NETWORK, agent_version
+from lloom_sidecar.peers.trust import TrustBook
+from lloom_sidecar.protocol.envelope import Signer, says_kind
+from lloom_sidecar.protocol.evidence import SignedEvidence
+from lloom_sidecar.protocol.names import KIND_EVIDENCE, TOPIC_NETWORK, agent_version
 from lloom_sidecar.protocol.network_key import NetworkKeys
 from lloom_sidecar.protocol.pb import lloom_pb2 as pb
 from lloom_sidecar.protocol.status import NetworkStatus
@@ -47,6 +50,8 @@ MAX_ANNOUNCEMENTS_PER_S: Final = 2.0
 """Of one author; an honest one sends one in ten seconds and a few when it changes."""
 ANNOUNCEMENT_BURST: Final = 10.0
 MAX_AUTHORS: Final = 20_000
+UNSURE_WEIGHT: Final = 0.5
+"""Of evidence about executors that announce no digest of the model."""
 MAX_PAGE_ENTRIES: Final = 1_000
 """Of one catalogue answer of a node that is no validator; the asker goes on from there."""
 MAX_SOFTWARE_KNOWN: Final = 10_000
@@ -84,12 +89,14 @@ class ControlPlane:
         on_peer_gone: Callable[[PeerId], None],
         on_neighbours: Callable[[], None],
         on_clock: Callable[[PeerId, int], None],
+        trust: TrustBook,
         metrics: Metrics,
         observer: Observer,
         rng: random.Random,
     ) -> None:
         self.config = config
         self._signer = signer
+        self._trust = trust
         self._features = [] if config.compression == "off" else ["compression"]
         self._me = me = signer.peer
         self._next_sequence = next_sequence
@@ -199,6 +206,14 @@ class ControlPlane:
             on_dropped=metrics.status_dropped,
             on_offence=membership.on_offence,
         )
+        self.evidence = EvidenceBoard(
+            validators=self._validators,
+            keys=membership.keys,
+            now_ms=now_ms,
+            on_evidence=self._on_evidence,
+            on_dropped=metrics.status_dropped,
+            on_offence=membership.on_offence,
+        )
         self.discovery = Discovery(
             me=me,
             service_keys=service_keys,
@@ -260,7 +275,7 @@ class ControlPlane:
             rates=RateLimiter(rate_per_s=MAX_STATUSES_PER_S, burst=STATUS_BURST, max_keys=MAX_AUTHORS),
             on_message=lambda: self._metrics.message_received("status"),
             on_dropped=self._metrics.status_dropped,
-            handle=self.statuses.take,
+            handle=self._take_from_network,
             is_banned=self.membership.is_banned_author,
             on_offence=self.membership.on_offence,
             is_connected=self._is_connected,
@@ -284,6 +299,24 @@ class ControlPlane:
         self._metrics.message_sent("status")
         # Its own belongs on its board too; gossip brings it back, but is not listened to there.
         self.statuses.take(TopicMessage(self._me, sealed, 0, (TOPIC_NETWORK,)))
+
+    def _take_from_network(self, message: TopicMessage) -> None:
+        board = self.evidence if says_kind(message.data, KIND_EVIDENCE) else self.statuses
+        board.take(message)
+
+    def on_evidence_published(self, sealed: bytes) -> None:
+        """This validator published evidence: it counts here too."""
+        self._metrics.message_sent("evidence")
+        self.evidence.take(TopicMessage(self._me, sealed, 0, (TOPIC_NETWORK,)))
+
+    def _on_evidence(self, found: SignedEvidence) -> None:
+        evidence = found.evidence
+        # Without a digest the executors may honestly serve different weights under one name.
+        weight = 1.0 if evidence.model_digest else UNSURE_WEIGHT
+        now = trio.current_time()
+        if self._trust.trust(evidence.subject, now) == 1.0:
+            self._observer.executor_doubted(evidence.subject, evidence.model, found.peer)
+        self._trust.set_doubt(evidence.subject, f"audit of {evidence.model} by {found.peer.short()}", weight, now)
 
     def _is_connected(self) -> bool:
         return len(self.connections) > 0

@@ -43,6 +43,7 @@ from lloom_sidecar.protocol.names import PROTOCOL_HELLO, PROTOCOL_REQUEST, SERVI
 from lloom_sidecar.protocol.network_key import NetworkKeys
 
 from .addresses import announced
+from .audit_side import AuditSide
 from .bookkeeping import Bookkeeping, open_ledger
 from .control_plane import ControlPlane
 from .daemon import is_stock, make_supervisor, max_streams
@@ -62,6 +63,9 @@ MAX_CLOCK_SKEW_MS: Final = 5_000
 """Against a validator; announcements tolerate 15 min, requests 60 s."""
 TRACES_GRACE_S: Final = 3.0
 """For the last spans to go out."""
+MIN_TRUST: Final = 0.75
+"""With avoid_doubted: evidence of one validator rules an executor out for two half-lives, or for one where no digest
+says that the models were the same."""
 RESTARTS_TO_WARN: Final = 3
 
 log = structlog.get_logger("lloom.node")
@@ -97,6 +101,7 @@ class Node:
             models_of=lambda peer: self.control.models_of(peer),
             roles_of=lambda peer: self.control.roles_of(peer),
             keep_receipt=self.books.keep,
+            trust=self.health_book.trust,
         )
         self.control = ControlPlane(
             config,
@@ -111,6 +116,7 @@ class Node:
             on_peer_gone=lambda peer: self.pool.drop_peer(peer),
             on_neighbours=lambda: self.serving.announcer.introduce() if self.serving is not None else None,
             on_clock=self._on_clock,
+            trust=self.health_book.trust,
             metrics=self.metrics,
             observer=self.observer,
             rng=rng,
@@ -126,7 +132,9 @@ class Node:
         )
         self.market = Market(self.pool, self.signer, self.quotes)
         self.serving = self._make_executor_side(rng) if config.is_executor else None
-        self.api = self._make_api(rng) if config.is_client else None
+        self.router = self._make_router(rng) if config.is_client or config.audits else None
+        self.api = self._make_api(self.router) if config.is_client and self.router is not None else None
+        self.auditing = self._make_audit_side(self.router, rng) if config.audits and self.router is not None else None
         self.view = View(self)
 
     def _make_executor_side(self, rng: random.Random) -> ExecutorSide:
@@ -150,9 +158,9 @@ class Node:
             rng=rng,
         )
 
-    def _make_api(self, rng: random.Random) -> OpenAiApi:
+    def _make_router(self, rng: random.Random) -> Router:
         control = self.control
-        router = Router(
+        return Router(
             pool=self.pool,
             signer=self.signer,
             book=control.book,
@@ -165,10 +173,27 @@ class Node:
             exchange_with=self.books.spending.exchange,
             rng=rng,
         )
+
+    def _make_audit_side(self, router: Router, rng: random.Random) -> AuditSide:
+        return AuditSide(
+            signer=self.signer,
+            router=router,
+            book=self.control.book,
+            key=self.control.membership.current_key,
+            get_daemon=self.daemon,
+            next_sequence=self._ledger.next_sequence,
+            on_published=self.control.on_evidence_published,
+            on_finding=self.observer.executor_found_wanting,
+            max_price=self.config.max_price,
+            interval_s=self.config.audit_interval_s,
+            rng=rng,
+        )
+
+    def _make_api(self, router: Router) -> OpenAiApi:
         key_file = self.config.api_key_file
         return OpenAiApi(
             router=router,
-            book=control.book,
+            book=self.control.book,
             settings=ApiSettings(
                 api_keys=read_secret_lines(key_file) if key_file is not None else (),
                 policy=Policy(self.config.policy.replace("-", "_")),
@@ -176,6 +201,7 @@ class Node:
                 max_price=self.config.max_price,
                 max_body_bytes=self.config.max_body_bytes,
                 resume=self.config.resume,
+                min_trust=MIN_TRUST if self.config.avoid_doubted else 0.0,
             ),
             observer=self.observer,
             started_at_s=int(time.time()),
@@ -200,6 +226,8 @@ class Node:
             await nursery.start(self.control.run)
             if self.serving is not None:
                 nursery.start_soon(self.serving.announce)
+            if self.auditing is not None:
+                nursery.start_soon(self.auditing.auditor.run)
             nursery.start_soon(self._tick)
             if self.api is not None:
                 self.api_listeners = listeners.api
@@ -348,6 +376,7 @@ class Node:
             book = self.control.book
             self.metrics.set_known(len(book), len(book.models(now)))
             self.health.update("no_validator", self._validators_lost())
+            self.health.update("executor_doubted", self._doubted(now))
             peers, wanted = len(self.control.connections), self.config.min_peers
             self.health.update(
                 "few_peers", f"{peers} of {wanted} wanted." if peers < wanted and not self.config.is_validator else None
@@ -377,6 +406,13 @@ class Node:
             return None
         reasons = "; ".join(f"{v.peer.short()}: {v.last_error or 'connecting'}" for v in validators[:3])
         return f"None of {len(validators)} answers ({reasons})."
+
+    def _doubted(self, now: float) -> str | None:
+        doubted = self.health_book.trust.doubted(now)
+        if not doubted:
+            return None
+        names = ", ".join(peer.short() for peer in doubted[:3])
+        return f"{len(doubted)}: {names}{', ...' if len(doubted) > 3 else ''}."
 
     def _previous_key(self) -> str | None:
         keys = self.control.membership.key_file

@@ -30,8 +30,12 @@ from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.link.exchange import Call, Receipt
 from lloom_sidecar.network.upkeep import Round
 from lloom_sidecar.peers.peerbook import Change
+from lloom_sidecar.peers.trust import TrustBook
+from lloom_sidecar.protocol.evidence import Evidence
 
 MAX_RECENT_RECEIPTS: Final = 256
+NUMBERS_WEIGHT: Final = 0.25
+"""Of one receipt whose numbers cannot be: one may be a slip of a tokenizer, four in a row rule it out."""
 MAX_CAUSES: Final = 256
 MAX_DOUBTFUL: Final = 256
 CAUSE_S: Final = 30.0
@@ -88,7 +92,9 @@ class Observer:
         models_of: Callable[[PeerId], tuple[str, ...]],
         roles_of: Callable[[PeerId], frozenset[str]],
         keep_receipt: Callable[[Settled | ServedReceipt], None],
+        trust: TrustBook | None = None,
     ) -> None:
+        self._trust = trust or TrustBook()
         self._metrics = metrics
         self._events = events
         self._models_of = models_of
@@ -259,12 +265,23 @@ class Observer:
         """An executor signed numbers that cannot be."""
         log.warning("numbers_doubtful", peer=str(peer), model=model, doubts=list(doubts))
         self._metrics.receipt_doubtful()
+        self._trust.doubt(peer, "numbers in its receipts", NUMBERS_WEIGHT, trio.current_time())
         self.doubtful[peer] = trio.current_time()
         self.doubtful.move_to_end(peer)
         if len(self.doubtful) > MAX_DOUBTFUL:
             self.doubtful.popitem(last=False)
         text = f"It signed for {' and '.join(doubts)} of {model}: more than there can be."
         self._events.publish(NetworkError("numbers_doubtful", text, str(peer)))
+
+    def executor_doubted(self, peer: PeerId, model: str, validator: PeerId) -> None:
+        """Evidence against an executor that nobody spoke against before."""
+        log.warning("executor_doubted", peer=str(peer), model=model, validator=str(validator))
+        text = f"Validator {validator.short()} has evidence that it answers {model} unlike most others."
+        self._events.publish(NetworkError("executor_doubted", text, str(peer)))
+
+    def executor_found_wanting(self, evidence: Evidence) -> None:
+        """This validator's audit found one."""
+        log.warning("audit_finding", peer=str(evidence.subject), model=evidence.model, rounds=len(evidence.rounds))
 
     # ------------------------------------------------------------ requests of peers
     def request_received(self, peer: PeerId, request_id: bytes, model: str) -> None:

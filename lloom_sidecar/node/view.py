@@ -243,6 +243,11 @@ class View:
                         in_flight=view.load.in_flight,
                         queued=view.load.queued,
                         models=[],
+                        trust=round(node.health_book.trust.trust(peer, now), 3),
+                        doubts=[
+                            f"{doubt.reason}, {doubt.weight:.2f}, last said {doubt.said_s:.0f} s ago"
+                            for doubt in node.health_book.trust.doubts_of(peer, now)
+                        ],
                     )
                 if peer in found:
                     found[peer]["models"].append(summary.id)

@@ -22,6 +22,8 @@ from typing import Final, NamedTuple
 
 from lloom_sidecar.ids import PeerId
 
+from .trust import TrustBook
+
 PEAK_DECAY_S: Final = 10.0
 """Time constant with which a peak fades. Source: the default decayTime of Finagle's PeakEwma (Balancers.p2cPeakEwma),
 which linkerd2-proxy and Envoy's peak_ewma took over."""
@@ -316,6 +318,8 @@ class HealthBook:
 
     def __init__(self, limits: HealthLimits | None = None) -> None:
         self._limits = limits or HealthLimits()
+        self.trust = TrustBook()
+        """Doubts about them, which weigh in a choice."""
         self._records: OrderedDict[tuple[PeerId, str], _Record] = OrderedDict()
         self._windows: OrderedDict[str, tuple[_Window, _Window]] = OrderedDict()
         """By model: times to first token as if every body had the usual size, and sizes of bodies."""

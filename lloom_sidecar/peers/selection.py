@@ -68,6 +68,8 @@ class Filtered(Enum):
     DIGEST = "digest"
     """Other weights than those that the request began with, or it does not say which."""
     PRICE = "price"
+    DOUBTED = "doubted"
+    """Trusted less than the request wants."""
     NOT_BEFORE = "not_before"
     CIRCUIT_OPEN = "circuit_open"
     PROBING = "probing"
@@ -109,6 +111,8 @@ class Wanted:
     """Digest of the conversation's beginning: the same key prefers the same executor. Never leaves this node."""
     warm: PeerId | None = None
     """Served this conversation before: preferred before what the key says, within the same bounds."""
+    min_trust: float = 0.0
+    """Only executors that this node trusts so far (``TrustBook``), 0 to 1."""
     members_only: bool = False
     """Only executors of our network, though the book holds others."""
     race: int = DEFAULT_RACE
@@ -351,6 +355,8 @@ class _Room:
             filtered = Filtered.DIGEST
         elif request.max_price is not None and is_over(offer.price, request.max_price):
             filtered = Filtered.PRICE
+        elif self._health.trust.trust(view.peer, self._now) < request.min_trust:
+            filtered = Filtered.DOUBTED
         is_suspect = state is LeaseState.SUSPECT
         if filtered is not None:
             return Considered(view, filtered, is_suspect, 0.0, 0, 0.0, 0, 0.0)
@@ -364,6 +370,7 @@ class _Room:
         cost = judged.estimate_s * (in_flight + 1) / max(1, offer.slots)
         if view.is_relayed:
             cost *= RELAYED_COST
+        cost *= self._health.trust.cost_factor(view.peer, self._now)
         return Considered(
             view, filtered, is_suspect, judged.estimate_s, in_flight, cost, judged.turn, judged.wait_s, judged.is_due
         )

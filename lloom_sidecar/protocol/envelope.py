@@ -27,6 +27,8 @@ SIGNATURE_BYTES: Final = 64
 MAX_ENVELOPE_BYTES: Final = 32 * 1024
 """Larger than any kind that Lloom signs (a full announcement is under 16 KiB)."""
 
+_KIND_AT: Final = 2 + 36 + 2
+"""Where the payload type begins, behind the public key message of 36 bytes."""
 _PRIVATE_KEY_HEADER: Final = bytes.fromhex("08011240")
 """PrivateKey{Type: Ed25519, Data: 64 bytes}: what libp2p marshals."""
 
@@ -107,6 +109,12 @@ def _assembled(public_key: bytes, payload_type: bytes, payload: bytes, signature
     # proto3 leaves an empty payload out altogether.
     payload_field = b"".join((b"\x1a", encode_varint(len(payload)), payload)) if payload else b""
     return b"".join((_envelope_head(public_key, payload_type), payload_field, b"\x2a\x40", signature))
+
+
+def says_kind(raw: bytes, kind: EnvelopeKind) -> bool:
+    """Whether ``raw`` begins as an envelope of that kind does; nothing is checked. Says which check to apply."""
+    end = _KIND_AT + len(kind.payload_type)
+    return raw[_KIND_AT - 1 : end] == bytes((len(kind.payload_type),)) + kind.payload_type
 
 
 def open_envelope(raw: bytes, kind: EnvelopeKind, *, expected_signer: PeerId | None = None) -> OpenedEnvelope:

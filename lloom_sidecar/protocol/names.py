@@ -63,6 +63,7 @@ KIND_ACK: Final = EnvelopeKind("lloom-ack-1", b"/lloom/envelope/ack/1")
 KIND_QUOTE: Final = EnvelopeKind("lloom-quote-1", b"/lloom/envelope/quote/1")
 KIND_ANNOUNCEMENT: Final = EnvelopeKind("lloom-announcement-1", b"/lloom/envelope/announcement/1")
 KIND_STATUS: Final = EnvelopeKind("lloom-status-1", b"/lloom/envelope/status/1")
+KIND_EVIDENCE: Final = EnvelopeKind("lloom-evidence-1", b"/lloom/envelope/evidence/1")
 
 ALL_KINDS: Final = (
     KIND_REQUEST,
@@ -72,6 +73,7 @@ ALL_KINDS: Final = (
     KIND_QUOTE,
     KIND_ANNOUNCEMENT,
     KIND_STATUS,
+    KIND_EVIDENCE,
 )
 
 HELLO_PROOF_LABEL: Final = b"lloom-hello-1"

@@ -27,6 +27,7 @@ from lloom_sidecar.ids import Multiaddr
 from lloom_sidecar.protocol import claims, names
 from lloom_sidecar.protocol.announcement import seal_announcement
 from lloom_sidecar.protocol.envelope import Signer, seal
+from lloom_sidecar.protocol.evidence import CanaryAnswer, CanaryRound, Evidence, seal_evidence
 from lloom_sidecar.protocol.framing import frame
 from lloom_sidecar.protocol.hello import Event, HelloAnswerer, HelloOpener
 from lloom_sidecar.protocol.network_key import Invite, NetworkKey, format_key_file
@@ -151,6 +152,32 @@ REMOVAL = seal_announcement(
     ttl_s=900,
     kind=Kind.REMOVAL,
 )
+
+
+def canary_round(number: int) -> CanaryRound:
+    """Three executors, of which the first is unlike the others; the key that signs all else plays the validator."""
+    answers = []
+    for index in range(3):
+        signer = Signer(bytes([0xC0 + index]) * 32)
+        receipt = pb.ReceiptClaims(
+            client=EXECUTOR.peer.raw, executor=signer.peer.raw, model="smollm2:135m", ended_at_ms=NOW_MS + number
+        )
+        answers.append(
+            CanaryAnswer(
+                signer.peer, claims.seal_receipt(receipt, signer), bytes([0xD0 + min(index, 1)]) * 32, index != 0
+            )
+        )
+    return CanaryRound(bytes([0xE0 + number]) * 32, tuple(answers))
+
+
+EVIDENCE = seal_evidence(
+    signer=EXECUTOR,
+    key=NETWORK,
+    sequence=NOW_MS + 5,
+    issued_at_ms=NOW_MS,
+    ttl_s=900,
+    evidence=Evidence(Signer(b"\xc0" * 32).peer, "smollm2:135m", MODEL.digest, (canary_round(0), canary_round(1))),
+)
 STATUS = seal_status(
     signer=EXECUTOR,
     key=NETWORK,
@@ -259,6 +286,8 @@ def envelopes() -> dict[str, tuple[names.EnvelopeKind, Message, Signer, bytes]]:
     ):
         payload = pb.Envelope.FromString(raw).payload
         out[name] = (names.KIND_ANNOUNCEMENT, pb.AnnouncementClaims.FromString(payload), signer, raw)
+    payload = pb.Envelope.FromString(EVIDENCE).payload
+    out["evidence"] = (names.KIND_EVIDENCE, pb.EvidenceClaims.FromString(payload), EXECUTOR, EVIDENCE)
     payload = pb.Envelope.FromString(STATUS).payload
     out["status"] = (names.KIND_STATUS, pb.NetworkStatusClaims.FromString(payload), EXECUTOR, STATUS)
     return out

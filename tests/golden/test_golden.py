@@ -15,6 +15,7 @@ from lloom_sidecar.protocol import claims, names
 from lloom_sidecar.protocol.announcement import open_announcement
 from lloom_sidecar.protocol.compression import decompress
 from lloom_sidecar.protocol.envelope import Signer, open_envelope, seal
+from lloom_sidecar.protocol.evidence import open_evidence
 from lloom_sidecar.protocol.framing import FrameCutter, frame
 from lloom_sidecar.protocol.hello import (
     CatalogueAsked,
@@ -121,6 +122,14 @@ def test_the_golden_announcements_open() -> None:
     assert removal.ttl_s == 900
     stranger = open_announcement(raw["announcement_stranger"], keys=keys, expected_signer=None)
     assert not stranger.is_member
+
+
+def test_the_golden_evidence_opens() -> None:
+    raw = bytes.fromhex(load("envelopes.json")["envelopes"]["evidence"]["envelope"])
+    signed = open_evidence(raw, keys=[golden.NETWORK], expected_signer=golden.EXECUTOR.peer)
+    assert signed.is_member
+    assert signed.evidence.model_digest == golden.MODEL.digest
+    assert [[answer.agrees for answer in one.answers] for one in signed.evidence.rounds] == [[False, True, True]] * 2
 
 
 def test_the_golden_status_opens() -> None:

@@ -416,6 +416,8 @@ class FakeNode:
                 in_flight=1,
                 queued=0,
                 models=["smollm2:135m"],
+                trust=0.5,
+                doubts=["audit of smollm2:135m by 9aREpCEo, 0.50, last said 3 s ago"],
             )
         ]
 

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "link": BASE | {"protocol", "p2p"},
     "network": BASE | {"protocol", "p2p", "peers"},
     "client": BASE | {"protocol", "peers", "link", "http", "tracing"},
+    "validator": BASE | {"protocol", "peers"},
     "executor": BASE | {"protocol", "peers", "p2p", "http", "tracing"},
 }
 """Room -> the rooms that it may import. A room that is not a key may import all of them."""

@@ -508,3 +508,33 @@ def test_a_choice_among_many_costs_no_scan() -> None:
     for number in range(500):
         net.choose(affinity_key=number.to_bytes(8, "big"))
     assert (time.perf_counter() - started) / 500 < 0.001
+
+
+class TestTrust:
+    def test_a_doubted_one_costs_more_and_gets_less(self) -> None:
+        net = Network()
+        doubted, other = net.add(1), net.add(2)
+        net.health.trust.doubt(doubted, "evidence", 1.0, NOW)
+        picks = Counter(net.choose().pick.peer for _ in range(50))  # type: ignore[union-attr]
+        assert picks == {other: 50}
+        costs = {one.view.peer: one.cost for one in net.choose().considered}
+        assert costs[doubted] == pytest.approx(8 * costs[other])
+
+    def test_it_is_still_used_where_there_is_nobody_else(self) -> None:
+        net = Network()
+        doubted = net.add(1)
+        net.health.trust.doubt(doubted, "evidence", 1.0, NOW)
+        assert net.choose().pick is not None
+
+    def test_below_the_wanted_trust_it_gets_nothing(self) -> None:
+        net = Network()
+        doubted, other = net.add(1), net.add(2)
+        net.health.trust.doubt(doubted, "evidence", 0.5, NOW)
+        choice = net.choose(min_trust=0.75)
+        assert choice.pick is not None
+        assert choice.pick.peer == other
+        assert choice.filtered == {Filtered.DOUBTED: 1}
+        assert net.choose(min_trust=0.5).filtered == {}
+        alone = net.choose(min_trust=0.75, pinned=frozenset({doubted}))
+        assert alone.pick is None
+        assert "1 doubted" in str(alone.error("m"))

@@ -574,3 +574,45 @@ class LoadSum(_message.Message):
     queued: int
     slots: int
     def __init__(self, in_flight: _Optional[int] = ..., queued: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
+
+class EvidenceClaims(_message.Message):
+    __slots__ = ("peer", "sequence", "issued_at_ms", "ttl_ms", "network_id", "tag", "subject", "model", "model_digest", "rounds")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ISSUED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_ID_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    peer: bytes
+    sequence: int
+    issued_at_ms: int
+    ttl_ms: int
+    network_id: bytes
+    tag: bytes
+    subject: bytes
+    model: str
+    model_digest: bytes
+    rounds: _containers.RepeatedCompositeFieldContainer[CanaryRound]
+    def __init__(self, peer: _Optional[bytes] = ..., sequence: _Optional[int] = ..., issued_at_ms: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., network_id: _Optional[bytes] = ..., tag: _Optional[bytes] = ..., subject: _Optional[bytes] = ..., model: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., rounds: _Optional[_Iterable[_Union[CanaryRound, _Mapping]]] = ...) -> None: ...
+
+class CanaryRound(_message.Message):
+    __slots__ = ("prompt_digest", "answers")
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    prompt_digest: bytes
+    answers: _containers.RepeatedCompositeFieldContainer[CanaryAnswer]
+    def __init__(self, prompt_digest: _Optional[bytes] = ..., answers: _Optional[_Iterable[_Union[CanaryAnswer, _Mapping]]] = ...) -> None: ...
+
+class CanaryAnswer(_message.Message):
+    __slots__ = ("receipt", "text_digest", "agrees")
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AGREES_FIELD_NUMBER: _ClassVar[int]
+    receipt: bytes
+    text_digest: bytes
+    agrees: bool
+    def __init__(self, receipt: _Optional[bytes] = ..., text_digest: _Optional[bytes] = ..., agrees: bool = ...) -> None: ...

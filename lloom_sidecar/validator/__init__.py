@@ -1,0 +1,1 @@
+"""What only validators do, besides what every node does: the audit of executors."""
