@@ -41,6 +41,10 @@ from .route import Route
 
 MAX_ATTEMPTS: Final = 8
 """Executors tried for one request."""
+SPREAD: Final = 0.5
+"""Waits for one that said when to return are longer by up to this share, at random: all requests that it refused wait
+for the same instant, and would come back at it together."""
+AWAY_SPREAD: Final = 0.1
 PATIENCE_S: Final = 15.0
 """How long a request waits in all for executors that are busy or away. A sidecar that restarts is back within 5 s, and
 p2pd dials an address that refused it again only after 5 s (go-libp2p, swarm's BackoffBase)."""
@@ -275,16 +279,16 @@ class _Patience:
 
     async def wait(self, pause_s: float | None) -> bool:
         """Wait until somebody may be asked (again); None = never."""
-        return pause_s is not None and pause_s <= MAX_PAUSE_S and await self._sleep(pause_s)
+        return pause_s is not None and pause_s <= MAX_PAUSE_S and await self._sleep(pause_s, SPREAD)
 
     async def wait_for_return(self) -> bool:
         """Wait a moment for one that is away."""
         pause_s, self._away_s = self._away_s, min(MAX_AWAY_PAUSE_S, 2 * self._away_s)
-        return await self._sleep(pause_s)
+        return await self._sleep(pause_s, AWAY_SPREAD)
 
-    async def _sleep(self, pause_s: float) -> bool:
+    async def _sleep(self, pause_s: float, spread: float) -> bool:
         if pause_s > self._left_s:
             return False
         self._left_s -= pause_s
-        await trio.sleep(pause_s * (1 + 0.1 * self._rng.random()))
+        await trio.sleep(pause_s * (1 + spread * self._rng.random()))
         return True
