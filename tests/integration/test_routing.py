@@ -208,6 +208,24 @@ def test_of_a_race_for_priced_answers_exactly_one_is_owed(priced: Network) -> No
         assert (other["reason"], other["cost"] if other["outcome"] == "" else 0) == ("raced", 0)
 
 
+def test_of_a_hedge_between_priced_ones_exactly_one_is_owed(priced: Network) -> None:
+    client = priced.client
+    for _ in range(60):  # what the model's first tokens usually take, and a hedge that is earned
+        ask(client, fresh("chunks=1 first_ms=5"), x_lloom_policy="round-robin")
+    unasked = ask(client, fresh("chunks=1 first_ms=450"))
+    assert "x-lloom-hedged" not in unasked.headers, "hedged although nobody allowed it"
+    answer = ask(client, fresh("chunks=1 first_ms=450"), x_lloom_hedge="on")
+    assert answer.headers["x-lloom-hedged"] == "1"
+    rows = wait_until(
+        lambda: len(found := ledger(client, answer.headers["x-request-id"])) == 2 and found,
+        "both exchanges to be settled",
+        timeout_s=10,
+    )
+    owed = [row for row in rows if row["owed"]]
+    assert [row["peer"] for row in owed] == [answer.headers["x-lloom-executor"]]
+    assert [row["reason"] for row in rows if not row["owed"]] in (["hedged"], ["lost"])
+
+
 def test_a_price_that_rises_is_paid_up_to_the_ceiling(priced: Network) -> None:
     client = priced.client
     for executor in priced.executors:
