@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,11 @@ def code_of(client: Node, *, model: str = "scripted") -> str:
     return str((error["lloom"]["attempts"] or [{"reason": error["lloom"]["code"]}])[-1]["reason"])
 
 
+def exchanges(node: Node) -> list[dict[str, Any]]:
+    with node.admin() as admin:
+        return [dict(one) for one in admin.exchanges(limit=1000)]
+
+
 @pytest.mark.parametrize("where", ["executor", "client"])
 def test_with_a_full_disk_only_free_work_is_done(where: str) -> None:
     with Network(validators=1, executors=0, clients=0) as network:
@@ -95,11 +101,12 @@ def test_with_a_full_disk_only_free_work_is_done(where: str) -> None:
             done = executor.ctl("executor", "price", "scripted", "15/60 EUR")
             assert done.returncode == 0, done.stderr
             wait_until(lambda: code_of(client) == "ok", "priced work to be done", timeout_s=30, explain=client.log_tail)
-            with full.admin() as admin:
-                rows = admin.exchanges(limit=1000)
-            assert rows[0]["owed"]
+            rows = wait_until(
+                lambda: (found := exchanges(full)) and found[0]["owed"] and found[0]["acknowledged"] and found,
+                "the last answer's countersignature",
+                timeout_s=30,
+            )
             # A start needs no more than what there is: the file is whole.
             full.kill()
             full.start()
-            with full.admin() as admin:
-                assert admin.exchanges(limit=1000) == rows
+            assert exchanges(full) == rows
