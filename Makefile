@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files at once in `make test`: they wait more than they work. 0 is one process, for a debugger.
+JOBS ?= 3
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -58,7 +60,7 @@ demo: .venv/.installed ## Run a small network on this machine until Ctrl-C (ARGS
 
 .PHONY: test
 test: .venv/.installed-dev ## Unit, property, golden, contract and integration tests (no root, no containers)
-	$(call timed,$(BIN)/python -m pytest $(TEST_FOLDERS) $(ARGS))
+	$(call timed,$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST_FOLDERS) $(ARGS))
 
 .PHONY: test-system
 test-system: .venv/.installed-dev ## Go's race tests, namespaces, compose, chaos, browser (root)

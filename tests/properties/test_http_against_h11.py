@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import h11
 import pytest
@@ -316,6 +316,9 @@ def our_body(data: bytes, cuts: Sequence[int]) -> tuple[str, bytes]:
     return ("whole" if dechunker.done else "incomplete"), content
 
 
+FRAMING_TRAILER: Final = re.compile(rb"(?i)\n(?:transfer-encoding|content-length)[ \t]*:")
+
+
 @st.composite
 def chunked_bodies(draw: st.DrawFn) -> bytes:
     parts = draw(st.lists(st.binary(min_size=1, max_size=20), max_size=4))
@@ -335,7 +338,8 @@ def test_response_chunks_against_h11(data: bytes, cuts: list[int]) -> None:
     assert our_body(data, cuts) == ours
     assert our_body(data, range(len(data))) == ours
     theirs = h11_body(data)
-    if ours[0] == "whole":
+    # RFC 9110, section 6.5.1: framing fields mean nothing in trailers, which we drop; h11 calls them an error.
+    if ours[0] == "whole" and not FRAMING_TRAILER.search(data):
         assert theirs == ours
     if theirs[0] == "broken":
         assert ours[0] != "whole"
