@@ -375,6 +375,16 @@ class Config:
         ),
     )
 
+    page: HostPort | None = field(
+        default=HostPort("127.0.0.1", 4882),
+        metadata=_about(
+            _Kind("HOST:PORT or 'off'", "HOST:PORT|off", _host_port_or_off),
+            "--page",
+            "node",
+            "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file: browsers "
+            "ask for a key as the password.",
+        ),
+    )
     otlp_endpoint: str | None = field(
         default=None,
         metadata=_about(
@@ -1327,6 +1337,12 @@ class _Loader:
             self._faults.append(
                 f"{self._label('api')}: {config.api} can be reached by others: "
                 "add --api-key-file FILE, or --api-open to serve it without a key"
+            )
+
+        if config.page is not None and not config.page.is_loopback and not self._is_given("api_key_file"):
+            self._faults.append(
+                f"{self._label('page')}: {config.page} can be reached by others: add --api-key-file FILE, "
+                "or keep it on 127.0.0.1 and forward the port to it"
             )
 
         currencies = [cap.currency for cap in config.max_cost_per_day]

@@ -143,6 +143,15 @@ class RequestCounts(TypedDict):
     """Waiting for a slot now."""
 
 
+class TokenCounts(TypedDict):
+    """Completion tokens since the node started."""
+
+    received: int
+    """Of answers to this node's applications, as their receipts say."""
+    generated: int
+    """By this node's backend, of answers that it streamed."""
+
+
 class Status(TypedDict):
     """GET /v1/status."""
 
@@ -175,6 +184,9 @@ class Status(TypedDict):
     network_status: list[NetworkStatusInfo]
     """What the configured validators (and this node, if it is one) say of the network."""
     requests: RequestCounts
+    tokens: TokenCounts
+    page: str | None
+    """URL of the status page; None when it is off."""
     conditions: list[ConditionInfo]
     """The worst first."""
 

@@ -65,7 +65,7 @@ class _Member:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(self.home)),
-                    *("--exit-on-stdin-eof", "--log-format", "json", "--probe", "off", *self.args),
+                    *("--exit-on-stdin-eof", "--log-format", "json", "--probe", "off", "--page", "off", *self.args),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -179,7 +179,8 @@ def _start(root: Path, members: list[_Member], api_port: int) -> _Member:
         _Member(f"executor {i}", homes[f"executor-{i}"], ["--role", "executor", "--model", "builtin", *known])
         for i in (1, 2)
     ]
-    client = _Member("client", homes["client"], ["--role", "client", "--api", f"127.0.0.1:{api_port}", *known])
+    asks = ["--role", "client", "--api", f"127.0.0.1:{api_port}", "--page", "127.0.0.1:0"]
+    client = _Member("client", homes["client"], [*asks, *known])
     members.extend([*executors, client])
     for member in (*executors, client):
         member.start()
@@ -297,6 +298,9 @@ The network is up until Ctrl-C. Try:
 
   python -c "from openai import OpenAI; print(OpenAI(base_url='{base}/v1', api_key='-').chat.completions.create(
     model='{MODEL}', messages=[dict(role='user', content='Hello')]).choices[0].message.content)"
+
+  {base}/chat          in a browser: ask the network
+  {client.status["page"]}               the network as this client sees it
 
   {ctl} status          (with the line below in your shell)
 

@@ -240,6 +240,8 @@ def _places(config: Config) -> Iterable[tuple[str, int, str, int]]:
         yield "--api", socket.SOCK_STREAM, config.api.host, config.api.port
     if config.probe is not None:
         yield "--probe", socket.SOCK_STREAM, config.probe.host, config.probe.port
+    if config.page is not None:
+        yield "--page", socket.SOCK_STREAM, config.page.host, config.page.port
 
 
 def _place(addr: Multiaddr) -> Iterable[tuple[str, int, str, int]]:

@@ -18,6 +18,8 @@ class LoadMeter:
         """From the slot to the first byte of the answer: waiting for a slot is not in it, ``queued`` tells that."""
         self.tokens_per_s = 0.0
         """Of one stream, after its first token."""
+        self.tokens_total = 0
+        """Of all streamed answers."""
 
     def first_token(self, seconds: float) -> None:
         """A streamed answer began ``seconds`` after it got its slot."""
@@ -25,6 +27,7 @@ class LoadMeter:
 
     def streamed(self, tokens: int, seconds: float) -> None:
         """It gave ``tokens`` in all, the last of them ``seconds`` after the first."""
+        self.tokens_total += tokens
         if tokens > 1 and seconds > 0:
             self.tokens_per_s = _smoothed(self.tokens_per_s, (tokens - 1) / seconds)
 

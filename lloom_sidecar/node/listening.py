@@ -14,6 +14,7 @@ from lloom_sidecar.http.guard import OriginGuard, Refusal
 from lloom_sidecar.http.limits import HttpLimits
 from lloom_sidecar.http.listeners import Listener, open_tcp_listeners, open_unix_listener
 from lloom_sidecar.http.server import Request, Response, serve
+from lloom_sidecar.page.assets import is_navigation
 
 Handler = Callable[[Request, Response], Awaitable[None]]
 
@@ -25,10 +26,11 @@ class Listeners:
     api: list[Listener] = field(default_factory=list)
     probe: list[Listener] = field(default_factory=list)
     admin: list[Listener] = field(default_factory=list)
+    page: list[Listener] = field(default_factory=list)
 
     def close(self) -> None:
         """Close them all."""
-        for listener in (*self.api, *self.probe, *self.admin):
+        for listener in (*self.api, *self.probe, *self.admin, *self.page):
             listener.close()
 
 
@@ -45,6 +47,9 @@ async def open_listeners(config: Config) -> Listeners:
         flag = "--probe"
         if config.probe is not None:
             opened.probe = await open_tcp_listeners(config.probe.host, config.probe.port)
+        flag = "--page"
+        if config.page is not None:
+            opened.page = await open_tcp_listeners(config.page.host, config.page.port)
         flag = "--home"
         opened.admin = [open_unix_listener(str(config.admin_socket))]
     except BaseException as exc:
@@ -61,27 +66,53 @@ async def serve_admin(listeners: list[Listener], handler: Handler) -> None:
         await serve(listeners, handler)
 
 
+async def serve_page(listeners: list[Listener], handler: Handler, config: Config) -> None:
+    """Serve the status page until cancelled: it shows how the node drains."""
+    if listeners:
+        guard = OriginGuard(config.allowed_hosts, check_host=config.page is not None and config.page.is_loopback)
+        await serve(listeners, handler, guard=lambda request: _but_for_links(guard, request))
+
+
+def _but_for_links(guard: OriginGuard, request: Request) -> Refusal | None:
+    """What ``guard`` says, but a link or a typed address may lead to a page from anywhere."""
+    refusal = guard.check(request)
+    if refusal is not None and refusal.code == "cross_site":
+        mode, destination = request.header("sec-fetch-mode"), request.header("sec-fetch-dest")
+        if is_navigation(request.method, mode, destination):
+            return None
+    return refusal
+
+
 async def serve_api(
     listeners: list[Listener],
     handler: Handler,
+    chat: Handler,
     config: Config,
     on_refused: Callable[[str], None],
     shutdown: trio.Event,
 ) -> None:
-    """Serve the OpenAI API until ``shutdown``; requests under way then have the grace time."""
+    """Serve the OpenAI API, and ``chat`` under /chat, until ``shutdown``; what is under way then has the grace time."""
     guard = OriginGuard(config.allowed_hosts, config.allowed_origins, check_host=config.api_key_file is None)
 
     def check(request: Request) -> Refusal | None:
-        refusal = guard.check(request)
+        refusal = _but_for_links(guard, request) if _is_chat(request) else guard.check(request)
         if refusal is not None:
             on_refused(refusal.code)
         return refusal
 
+    async def route(request: Request, response: Response) -> None:
+        await (chat if _is_chat(request) else handler)(request, response)
+
     await serve(
         listeners,
-        handler,
+        route,
         limits=HttpLimits(max_body_bytes=config.max_body_bytes),
         guard=check,
         shutdown=shutdown,
         grace_s=config.grace_s,
     )
+
+
+def _is_chat(request: Request) -> bool:
+    path = request.path
+    return path == "/chat" or path.startswith("/chat/")

@@ -27,7 +27,7 @@ from lloom_sidecar.client.router import Router
 from lloom_sidecar.config import Config, read_secret_lines
 from lloom_sidecar.errors import DaemonUnavailableError, LloomError
 from lloom_sidecar.executor.backend import BackendState
-from lloom_sidecar.http.asgi import asgi_handler
+from lloom_sidecar.http.asgi import AsgiApp, asgi_handler
 from lloom_sidecar.http.listeners import Listener
 from lloom_sidecar.identity import HomeLock, init_home, load_network_keys
 from lloom_sidecar.ids import Multiaddr, PeerId
@@ -36,6 +36,7 @@ from lloom_sidecar.link.stream_pool import StreamPool
 from lloom_sidecar.p2p.daemon import Daemon, Identity
 from lloom_sidecar.p2p.inbound import serve_inbound
 from lloom_sidecar.p2p.stream import P2PStream
+from lloom_sidecar.page.app import chat_app, status_app
 from lloom_sidecar.peers.health import HealthBook
 from lloom_sidecar.peers.hedging import Hedge
 from lloom_sidecar.peers.selection import Policy
@@ -48,7 +49,7 @@ from .bookkeeping import Bookkeeping, open_ledger
 from .control_plane import ControlPlane
 from .daemon import is_stock, make_supervisor, max_streams
 from .executor_side import IDLE_POLL_S, ExecutorSide
-from .listening import Listeners, open_listeners, serve_admin, serve_api
+from .listening import Listeners, open_listeners, serve_admin, serve_api, serve_page
 from .observer import Observer
 from .receipts import now_ms
 from .remembered import RememberedPeers
@@ -82,6 +83,7 @@ class Node:
         self.is_draining = False
         self.has_started = False
         self.api_listeners: list[Listener] = []
+        self.page_listeners: list[Listener] = []
         self.identity: Identity | None = None
         self.events = EventBus()
         self.health = HealthConditions()
@@ -218,6 +220,8 @@ class Node:
             nursery.start_soon(self.books.watch, self.observer)
             nursery.start_soon(serve_admin, listeners.probe, asgi_handler(probe_app(self.view)))
             nursery.start_soon(serve_admin, listeners.admin, asgi_handler(admin_app(self.view)))
+            self.page_listeners = listeners.page
+            nursery.start_soon(serve_page, listeners.page, asgi_handler(self._status_page()), self.config)
             if self.serving is not None:
                 await self.serving.start(nursery)
             await self._start_p2p(nursery)
@@ -231,7 +235,10 @@ class Node:
             nursery.start_soon(self._tick)
             if self.api is not None:
                 self.api_listeners = listeners.api
-                nursery.start_soon(serve_api, listeners.api, self.api, self.config, self.metrics.http_refused, shutdown)
+                chat = asgi_handler(chat_app(self._describe_for_chat))
+                nursery.start_soon(
+                    serve_api, listeners.api, self.api, chat, self.config, self.metrics.http_refused, shutdown
+                )
             self.has_started = True
             log.info("node_started", peer=str(self.me), roles=list(self.config.roles), version=__version__)
             task_status.started(self)
@@ -247,6 +254,14 @@ class Node:
             log.info("node_ended", peer=str(self.me))
             self.events.close()
             nursery.cancel_scope.cancel()
+
+    def _status_page(self) -> AsgiApp:
+        page, key_file = self.config.page, self.config.api_key_file
+        keys = () if page is None or page.is_loopback or key_file is None else read_secret_lines(key_file)
+        return status_app(self.view, keys=tuple(keys))
+
+    def _describe_for_chat(self) -> dict[str, int | None]:
+        return {"page_port": self.page_listeners[0].port if self.page_listeners else None}
 
     async def drain(self) -> None:
         """Begin to end: removal announced, new work refused, running work finished. Returns at once; idempotent."""

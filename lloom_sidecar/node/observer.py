@@ -102,6 +102,8 @@ class Observer:
         self._keep_receipt = keep_receipt
         self.client = Counts()
         self.executor = Counts()
+        self.tokens_received = 0
+        """Completion tokens of the answers that applications got."""
         self.receipts: OrderedDict[str, ClientReceipt] = OrderedDict()
         """The newest verified answers by request id (hex)."""
         self.doubtful: OrderedDict[PeerId, float] = OrderedDict()
@@ -256,6 +258,7 @@ class Observer:
         if settled.receipt.doubts:
             self.numbers_doubtful(settled.peer, settled.call.model, settled.receipt.doubts)
         if settled.is_owed:
+            self.tokens_received += settled.receipt.claims.usage.completion_tokens
             kept = ClientReceipt(settled.peer, settled.call, settled.receipt)
             self.receipts[settled.call.request_id.hex()] = kept
             if len(self.receipts) > MAX_RECENT_RECEIPTS:

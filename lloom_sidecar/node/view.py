@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -23,6 +24,7 @@ from lloom_sidecar.admin.view import (
     Status,
 )
 from lloom_sidecar.config import HostPort
+from lloom_sidecar.http.listeners import Listener
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.network.status import Heard
 from lloom_sidecar.p2p.launch import FEATURE_STDIN_EOF
@@ -49,6 +51,14 @@ _SHOWN_FEATURES: Final = {
 
 
 _USAGE_SOURCES: Final = {pb.USAGE_SOURCE_BACKEND: "backend", pb.USAGE_SOURCE_CHUNKS: "chunks"}
+
+
+def _url(wanted: HostPort | None, listeners: Sequence[Listener]) -> str | None:
+    """Where they listen; "every address" cannot be dialled, but what listens there answers on loopback too."""
+    if wanted is None or not listeners:
+        return None
+    host = "127.0.0.1" if wanted.host in ("0.0.0.0", "::") else wanted.host
+    return f"http://{HostPort(host, listeners[0].port)}"
 
 
 class View:
@@ -101,11 +111,6 @@ class View:
         if keys is not None and keys.previous is not None and len(node.control.membership.keys()) > 1:
             until = datetime.fromtimestamp(keys.previous_until_ms / 1000, UTC).isoformat()
         client, executor = node.observer.client, node.observer.executor
-        api_address = None
-        if node.api_listeners:
-            # "Every address" cannot be dialled; what listens there answers on loopback too.
-            host = "127.0.0.1" if config.api.host in ("0.0.0.0", "::") else config.api.host
-            api_address = f"http://{HostPort(host, node.api_listeners[0].port)}"
         return Status(
             peer=str(node.me),
             version=__version__,
@@ -127,7 +132,10 @@ class View:
                 "open": config.open,
                 "previous_key_until": until,
             },
-            api={"address": api_address, "ready": bool(node.api_listeners) and not node.is_draining},
+            api={
+                "address": _url(config.api, node.api_listeners),
+                "ready": bool(node.api_listeners) and not node.is_draining,
+            },
             addrs=[str(addr.with_peer(node.me)) for addr in (node.identity.addrs if node.identity else ())],
             connections=len(node.control.connections),
             members=sum(node.control.book.is_member(peer, now) for peer in node.control.connections),
@@ -145,6 +153,11 @@ class View:
                 "cancelled": client.cancelled + executor.cancelled,
                 "queued": 0 if node.serving is None else node.serving.executor.admission.queued,
             },
+            tokens={
+                "received": node.observer.tokens_received,
+                "generated": 0 if node.serving is None else node.serving.executor.meter.tokens_total,
+            },
+            page=_url(config.page, node.page_listeners),
             conditions=self.conditions(),
         )
 

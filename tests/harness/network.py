@@ -114,7 +114,18 @@ class Network:
         home = self.root / f"n{number}"
         home.mkdir(mode=0o700)
         port = free_port() if self.keeps_ports else 0
-        args = ["--role", role, "--listen", f"/ip4/127.0.0.1/tcp/{port}", "--dht", "server", "--probe", "off"]
+        args = [
+            "--role",
+            role,
+            "--listen",
+            f"/ip4/127.0.0.1/tcp/{port}",
+            "--dht",
+            "server",
+            "--probe",
+            "off",
+            "--page",
+            "off",
+        ]
         if bootstrap:
             for validator in self.validators:
                 args += ["--bootstrap", validator.address]

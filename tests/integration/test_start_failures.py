@@ -59,7 +59,7 @@ class Ended:
 def command(home: Path, *args: str) -> list[str]:
     return [
         *(sys.executable, "-m", "lloom_sidecar.cli.sidecar", "run", "--home", str(home)),
-        *("--log-format", "json", "--probe", "off", *args),
+        *("--log-format", "json", "--probe", "off", "--page", "off", *args),
     ]
 
 

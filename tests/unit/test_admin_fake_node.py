@@ -322,6 +322,8 @@ class FakeNode:
     def status(self) -> Status:
         return Status(
             peer=PEER,
+            page=None,
+            tokens={"received": 120, "generated": 0},
             version="0.1.0",
             roles=self.roles,
             uptime_s=3725.0,

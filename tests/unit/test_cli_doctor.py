@@ -100,7 +100,7 @@ def test_without_a_node_the_local_checks_run_and_the_exit_is_3(home: Path, monke
     assert found["node"][0]["severity"] == "error"
     assert f"lloom-sidecar run --home {home} --role client" in found["node"][0]["remedy"]
     assert found["ports"][0]["text"] == (
-        "free: 0.0.0.0:4001/tcp, 0.0.0.0:4001/udp, 127.0.0.1:4880/tcp, 127.0.0.1:4881/tcp"
+        "free: 0.0.0.0:4001/tcp, 0.0.0.0:4001/udp, 127.0.0.1:4880/tcp, 127.0.0.1:4881/tcp, 127.0.0.1:4882/tcp"
     )
     for name in ("home", "identity", "network_key", "settings", "binary"):
         assert found[name][0]["severity"] == "ok", found[name]

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "http": {"errors"},
     "ledger": BASE | {"protocol"},
     "admin": BASE,
+    "page": BASE | {"admin"},
     "link": BASE | {"protocol", "p2p"},
     "network": BASE | {"protocol", "p2p", "peers"},
     "client": BASE | {"protocol", "peers", "link", "http", "tracing"},
