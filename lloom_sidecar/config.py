@@ -381,8 +381,8 @@ class Config:
             _Kind("HOST:PORT or 'off'", "HOST:PORT|off", _host_port_or_off),
             "--page",
             "node",
-            "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file: browsers "
-            "ask for a key as the password.",
+            "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file (browsers ask "
+            "for a key as the password) or api_open.",
         ),
     )
     otlp_endpoint: str | None = field(
@@ -609,7 +609,8 @@ class Config:
             _SWITCH,
             "--api-open",
             "api",
-            "Serve the API without a key on an address that others can reach; shown as a health condition.",
+            "Serve the API and the status page without a key on addresses that others can reach; shown as a health "
+            "condition.",
         ),
     )
     allowed_hosts: tuple[str, ...] = field(
@@ -1339,10 +1340,10 @@ class _Loader:
                 "add --api-key-file FILE, or --api-open to serve it without a key"
             )
 
-        if config.page is not None and not config.page.is_loopback and not self._is_given("api_key_file"):
+        if config.page is not None and not config.page.is_loopback and not is_kept:
             self._faults.append(
-                f"{self._label('page')}: {config.page} can be reached by others: add --api-key-file FILE, "
-                "or keep it on 127.0.0.1 and forward the port to it"
+                f"{self._label('page')}: {config.page} can be reached by others: add --api-key-file FILE or "
+                "--api-open, or keep it on 127.0.0.1 and forward a port to it"
             )
 
         currencies = [cap.currency for cap in config.max_cost_per_day]

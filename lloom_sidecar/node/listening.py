@@ -69,7 +69,7 @@ async def serve_admin(listeners: list[Listener], handler: Handler) -> None:
 async def serve_page(listeners: list[Listener], handler: Handler, config: Config) -> None:
     """Serve the status page until cancelled: it shows how the node drains."""
     if listeners:
-        guard = OriginGuard(config.allowed_hosts, check_host=config.page is not None and config.page.is_loopback)
+        guard = OriginGuard(config.allowed_hosts, check_host=config.api_key_file is None)
         await serve(listeners, handler, guard=lambda request: _but_for_links(guard, request))
 
 

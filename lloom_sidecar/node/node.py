@@ -257,6 +257,7 @@ class Node:
 
     def _status_page(self) -> AsgiApp:
         page, key_file = self.config.page, self.config.api_key_file
+        # On loopback it is for whoever sits at this machine; the API has its keys for what costs something.
         keys = () if page is None or page.is_loopback or key_file is None else read_secret_lines(key_file)
         return status_app(self.view, keys=tuple(keys))
 
@@ -371,8 +372,9 @@ class Node:
         config = self.config
         if config.open:
             self.health.set("open_network", "This node sends to, or serves, nodes of any network.")
-        if config.is_client and config.api_open:
-            self.health.set("api_open", f"Whoever reaches {config.api} can use this node's API without a key.")
+        if config.api_open:
+            kept = [str(one) for one in (config.api if config.is_client else None, config.page) if one is not None]
+            self.health.set("api_open", f"Whoever reaches {' or '.join(kept)} needs no key.")
         if not self.control.bootstrap.validators and not config.is_validator:
             self.health.set("no_bootstrap", "Only nodes that dial this one, or are on the same link, will be found.")
         warnings = list(config.warnings)

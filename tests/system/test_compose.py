@@ -90,6 +90,7 @@ def compose() -> Iterator[Compose]:
         for name in [name for name in os.environ if name.startswith("LLOOM_")]:
             patch.delenv(name)
         patch.setenv("LLOOM_API_PORT", str(port))
+        patch.setenv("LLOOM_PAGE_PORT", "0")
         sdk = docker.DockerClient(base_url=engine.host, timeout=60)
         project = Compose(engine, sdk, f"http://127.0.0.1:{port}")
         try:
@@ -161,7 +162,15 @@ def test_only_the_api_is_published_and_only_to_this_machine(compose: Compose) ->
         for inside, bindings in container["NetworkSettings"]["Ports"].items()
         for binding in bindings or ()
     }
-    assert published == {("client", "4880/tcp", "127.0.0.1")}
+    assert published == {("client", "4880/tcp", "127.0.0.1"), ("client", "4882/tcp", "127.0.0.1")}
+
+
+async def test_the_pages_are_published_too(compose: Compose) -> None:
+    where = compose.run("port", "client", "4882").strip()
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+        snapshot = (await client.get(f"http://{where}/snapshot.json")).json()
+        assert {"executor", "validator"} <= {role for peer in snapshot["peers"] for role in peer["roles"]}
+        assert (await client.get(f"{compose.api}/chat")).status_code == 200
 
 
 def test_homes_are_private_and_p2pd_sees_none(compose: Compose) -> None:

@@ -221,6 +221,13 @@ def test_bad_lines_of_the_bootstrap_file_are_faults(home: Path) -> None:
     assert read_bootstrap_file(home / "none") == ()
 
 
+def test_the_status_page_is_not_shown_to_others_by_accident(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"page: 0\.0\.0\.0:4882 can be reached by others"):
+        load(home, page="0.0.0.0:4882")
+    assert load(home, page="off").page is None
+    assert str(load(home, page="0.0.0.0:4882", api_open=True).page) == "0.0.0.0:4882"
+
+
 def test_a_key_or_api_open_lets_others_reach_the_api(home: Path) -> None:
     (home / "keys").write_text("# apps\n secret-1 \n\nsecret-2\n")
     assert load(home, api="[::]:4880", api_key_file=str(home / "keys")).api == HostPort("::", 4880)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from test_admin_fake_node import FakeNode
 
 from lloom_sidecar.admin.events import ConnectionEstablished
 from lloom_sidecar.page.app import EVERY_S, KEEP_ALIVE_S, MAX_VIEWERS, WRITE_S, AsgiApp, chat_app, status_app
 from lloom_sidecar.page.assets import SECURITY_HEADERS, is_navigation, load_assets
-from tests.unit.test_admin_fake_node import FakeNode
 
 
 class Asked:
