@@ -381,8 +381,8 @@ class Config:
             _Kind("HOST:PORT or 'off'", "HOST:PORT|off", _host_port_or_off),
             "--page",
             "node",
-            "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file (browsers ask "
-            "for a key as the password) or api_open.",
+            "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file (browsers "
+            "ask for a key as the password) or api_open.",
         ),
     )
     otlp_endpoint: str | None = field(

@@ -21,6 +21,8 @@ class _Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "status": _Lazy("ctl_status", "status", "Show the node at a glance, with what needs attention."),
+    "top": _Lazy("ctl_top", "top", "Watch the node: rates, requests, models, memory, events."),
+    "chat": _Lazy("ctl_chat", "chat", "Ask a model of the network, for a first taste."),
     "peer": _Lazy("ctl_peer", "peer", "Look at the peers that the node knows; connect, disconnect, ping one."),
     "model": _Lazy("ctl_model", "model", "Look at the models that are offered, and ask executors about them."),
     "executor": _Lazy("ctl_executor", "executor", "Look at executors, set this one's prices, drain and resume it."),
