@@ -72,10 +72,10 @@ class Talk:
                 yield from _pieces(response, answer)
         except httpx.TransportError as exc:
             if answer.text or isinstance(exc, httpx.RemoteProtocolError):
-                raise CutError("the connection ended before the answer did") from exc
+                raise CutError("the answer was cut: the connection ended before it did") from exc
             raise LloomError(f"the API at {self.client.base_url} does not answer: {exc}") from exc
         if not answer.is_whole:
-            raise CutError("the answer ended before its end was confirmed")
+            raise CutError("the answer was cut: its end was never confirmed")
         self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
@@ -89,7 +89,7 @@ def _pieces(response: httpx.Response, answer: Answer) -> Iterator[str]:
             continue
         chunk: dict[str, Any] = json.loads(data)
         if "error" in chunk:
-            raise CutError(f"{chunk['error'].get('message')} ({chunk['error'].get('code')})")
+            raise CutError(f"the answer was cut: {chunk['error'].get('message')} ({chunk['error'].get('code')})")
         if chunk.get("usage"):
             answer.tokens = chunk["usage"].get("completion_tokens")
         for choice in chunk.get("choices", ()):
@@ -238,9 +238,7 @@ def _converse(talk: Talk, offered: list[str]) -> None:
             except KeyboardInterrupt:
                 output.say("stopped: this is not the whole answer")
             except LloomError as exc:
-                output.fail(
-                    ("cut, this is not the whole answer: " if answer.text else "") + output.printable(exc.message)
-                )
+                output.fail(output.printable(exc.message))
 
 
 def _obey(talk: Talk, offered: list[str], line: str) -> None:

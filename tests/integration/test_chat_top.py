@@ -37,11 +37,12 @@ def test_one_question(network: Network) -> None:
 
 
 def test_a_cut_answer_is_an_error(network: Network) -> None:
-    done = network.client.ctl("chat", "-q", "chunks=9 delay_ms=100 error=3")
+    done = network.client.ctl("chat", "-q", "chunks=9 delay_ms=100 cut=3")
     assert done.returncode == 1
     assert done.stdout == " w0 w1 w2\n"
+    assert "the answer was cut" in done.stderr
     assert "receipt verified" not in done.stderr
-    done = network.client.ctl("chat", "-q", "chunks=9 delay_ms=100 error=3", "--json")
+    done = network.client.ctl("chat", "-q", "chunks=9 delay_ms=100 cut=3", "--json")
     assert done.returncode == 1
     assert not json.loads(done.stdout)["complete"]
 
