@@ -410,6 +410,8 @@ class Node:
             self.health.update("previous_key", self._previous_key())
             others = self.control.membership.other_versions()
             self.health.update("other_version", f"{others} met within ten minutes." if others else None)
+            tokens = self.view.tokens()
+            self.metrics.set_tokens(received=tokens["received"], generated=tokens["generated"])
             if self.serving is not None:
                 admission = self.serving.executor.admission
                 self.metrics.set_capacity(admission.slots, admission.queued)

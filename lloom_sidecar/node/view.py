@@ -22,6 +22,7 @@ from lloom_sidecar.admin.view import (
     ReceiptInfo,
     SettingInfo,
     Status,
+    TokenCounts,
 )
 from lloom_sidecar.config import HostPort
 from lloom_sidecar.http.listeners import Listener
@@ -153,12 +154,17 @@ class View:
                 "cancelled": client.cancelled + executor.cancelled,
                 "queued": 0 if node.serving is None else node.serving.executor.admission.queued,
             },
-            tokens={
-                "received": node.observer.tokens_received,
-                "generated": 0 if node.serving is None else node.serving.executor.meter.tokens_total,
-            },
+            tokens=self.tokens(),
             page=_url(config.page, node.page_listeners),
             conditions=self.conditions(),
+        )
+
+    def tokens(self) -> TokenCounts:
+        """Completion tokens since the node started."""
+        serving = self._node.serving
+        return TokenCounts(
+            received=self._node.observer.tokens_received,
+            generated=0 if serving is None else serving.executor.meter.tokens_total,
         )
 
     def peers(self) -> list[PeerInfo]:
