@@ -39,7 +39,7 @@ def doctor(target: Target, quiet: bool, as_json: bool) -> None:
     """
     from lloom_sidecar.admin.doctor import count_severities, in_order
 
-    findings, has_node = _examine(target)
+    findings, has_node = examine(target)
     findings = in_order(findings)
     counts = count_severities(findings)
     if as_json:
@@ -56,7 +56,7 @@ def doctor(target: Target, quiet: bool, as_json: bool) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-def _examine(target: Target) -> tuple[list[Finding], bool]:
+def examine(target: Target) -> tuple[list[Finding], bool]:
     """(findings, whether a node answers)."""
     from lloom_sidecar.admin.client import NodeRefusedError, NodeUnreachableError
     from lloom_sidecar.admin.doctor import finding

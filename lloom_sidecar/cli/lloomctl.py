@@ -40,6 +40,9 @@ COMMANDS: Final = {
     "usage": _Lazy("ctl_usage", "usage", "Sum up what is owed and earned, by model, peer or day (UTC)."),
     "id": _Lazy("ctl_id", "show_id", "Print the node's peer id."),
     "doctor": _Lazy("ctl_doctor", "doctor", "Check the node and its home; say what is wrong and what to do."),
+    "support-bundle": _Lazy(
+        "ctl_support", "support_bundle", "Pack what somebody else needs to see to help, without secrets."
+    ),
     "completion": _Lazy("ctl_completion", "completion", "Print the completion script of a shell."),
 }
 
