@@ -170,6 +170,42 @@ def quote(target: Target, which: str, model_id: str, as_json: bool) -> None:
     )
 
 
+@model.command(
+    "pull", epilog=example("lloomctl model pull", "LLOOM_CACHE=/srv/models lloomctl model pull builtin --json")
+)
+@click.argument("name", default="builtin")
+@json_option
+def pull(name: str, as_json: bool) -> None:
+    """Fetch the built-in model ahead of the first `--model builtin`, and check it.
+
+    Needs no node. What is there already and sound is left as it is. For another model use your LLM server's own
+    command, or name its GGUF file with `lloom-sidecar run --role executor --model FILE.gguf`.
+    """
+    import trio
+
+    from lloom_sidecar.executor.model_fetch import BUILTIN_MODEL, ensure_builtin_model, terminal_progress
+
+    if name not in ("builtin", BUILTIN_MODEL.alias):
+        raise click.BadParameter(
+            f"only builtin ({BUILTIN_MODEL.alias}) comes this way; for {output.printable(name)} use your LLM server's own "
+            "command, or name its file with `lloom-sidecar run --role executor --model FILE.gguf`",
+            param_hint="NAME",
+        )
+    with terminal_progress() as progress:
+        path = trio.run(lambda: ensure_builtin_model(progress=progress))
+    if as_json:
+        output.print_json(
+            {
+                "model": BUILTIN_MODEL.alias,
+                "path": str(path),
+                "bytes": path.stat().st_size,
+                "sha256": BUILTIN_MODEL.sha256,
+            }
+        )
+    else:
+        click.echo(str(path))
+
+
 def _value(value: object) -> str:
     if isinstance(value, dict) and {"prompt_per_million", "completion_per_million"} <= set(value):
         return price({**_FREE, **value})  # type: ignore[typeddict-item]
