@@ -187,8 +187,8 @@ def pull(name: str, as_json: bool) -> None:
 
     if name not in ("builtin", BUILTIN_MODEL.alias):
         raise click.BadParameter(
-            f"only builtin ({BUILTIN_MODEL.alias}) comes this way; for {output.printable(name)} use your LLM server's own "
-            "command, or name its file with `lloom-sidecar run --role executor --model FILE.gguf`",
+            f"only builtin ({BUILTIN_MODEL.alias}) comes this way; for {output.printable(name)} use your LLM server's "
+            "own command, or name its file: `lloom-sidecar run --role executor --model FILE.gguf`",
             param_hint="NAME",
         )
     with terminal_progress() as progress:
