@@ -58,7 +58,9 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 """Longest path of a unix socket, without its NUL. Source: unix(7), sun_path."""
 
 _CONFIG_VARIABLE: Final = "LLOOM_CONFIG"
-_OTHER_VARIABLES: Final = frozenset({_CONFIG_VARIABLE, "LLOOM_CACHE", "LLOOM_NODE", "LLOOM_P2PD_PREBUILT"})
+_OTHER_VARIABLES: Final = frozenset(
+    {_CONFIG_VARIABLE, "LLOOM_CACHE", "LLOOM_NODE", "LLOOM_TOKEN_FILE", "LLOOM_P2PD_PREBUILT"}
+)
 """Variables of this project that are no settings of a node."""
 _SERVICE_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_\d+_(TCP|UDP|SCTP)(_|$)|$)")
 """What Kubernetes puts into a pod for every Service, also for one that is called lloom-something."""
@@ -383,6 +385,25 @@ class Config:
             "node",
             "Where the status page is served, or 'off'. Another than a loopback address needs api_key_file (browsers "
             "ask for a key as the password) or api_open.",
+        ),
+    )
+    admin: HostPort | None = field(
+        default=None,
+        metadata=_about(
+            _Kind("HOST:PORT or 'off'", "HOST:PORT|off", _host_port_or_off),
+            "--admin",
+            "node",
+            "A loopback address where the admin API is served besides its unix socket, for the other containers of a "
+            "pod; needs admin_token_file.",
+        ),
+    )
+    admin_token_file: Path | None = field(
+        default=None,
+        metadata=_about(
+            _PATH,
+            "--admin-token-file",
+            "node",
+            "File with the tokens for the admin API at `--admin`, one a line; whoever has one may do everything.",
         ),
     )
     otlp_endpoint: str | None = field(
@@ -1345,6 +1366,19 @@ class _Loader:
                 f"{self._label('page')}: {config.page} can be reached by others: add --api-key-file FILE or "
                 "--api-open, or keep it on 127.0.0.1 and forward a port to it"
             )
+
+        if config.admin_token_file is not None:
+            self._check_secret("admin_token_file", config.admin_token_file)
+            if not self._is_given("admin"):
+                self._faults.append(f"{self._label('admin_token_file')} has no effect without --admin HOST:PORT")
+        if config.admin is not None:
+            if not config.admin.is_loopback:
+                self._faults.append(
+                    f"{self._label('admin')}: {config.admin} can be reached by others and is not encrypted: "
+                    "choose a port of 127.0.0.1"
+                )
+            if not self._is_given("admin_token_file"):
+                self._faults.append(f"{self._label('admin')} needs its token: add --admin-token-file FILE")
 
         currencies = [cap.currency for cap in config.max_cost_per_day]
         for currency in sorted({one for one in currencies if currencies.count(one) > 1}):

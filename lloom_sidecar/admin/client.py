@@ -75,13 +75,23 @@ class NodeClient:
     with an error.
     """
 
-    def __init__(self, *, socket_path: Path | None = None, url: str | None = None, home: Path | None = None) -> None:
-        """Exactly one of ``socket_path`` and ``url`` (http://HOST:PORT); ``home`` is for messages only."""
+    def __init__(
+        self,
+        *,
+        socket_path: Path | None = None,
+        url: str | None = None,
+        home: Path | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Exactly one of ``socket_path`` and ``url`` (http://HOST:PORT); ``home`` is for messages only. ``token``: of
+        ``--admin-token-file``, sent to a URL only.
+        """
         if (socket_path is None) == (url is None):
             raise ValueError("give either a socket or a URL")
         self._socket_path = socket_path
         self._url = url
         self._home = home
+        self._token = token
         self._opened: httpx.Client | None = None
 
     @property
@@ -99,6 +109,7 @@ class NodeClient:
         self._opened = httpx.Client(
             transport=httpx.HTTPTransport(verify=verify, uds=uds),
             base_url=self._url or "http://localhost",
+            headers={} if self._token is None or self._url is None else {"authorization": f"Bearer {self._token}"},
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )
@@ -110,12 +121,15 @@ class NodeClient:
         return cls(socket_path=home / "run" / "admin.sock", home=home)
 
     @classmethod
-    def for_node(cls, node: str) -> NodeClient:
-        """The node at ``unix:PATH`` or ``http(s)://HOST:PORT``. Raises ValueError for another form."""
+    def for_node(cls, node: str, token: str | None = None) -> NodeClient:
+        """The node at ``unix:PATH`` or ``http(s)://HOST:PORT``, which want a ``token``.
+
+        Raises ValueError for another form.
+        """
         if node.startswith("unix:"):
             return cls(socket_path=Path(node.removeprefix("unix:").removeprefix("//")))
         if node.startswith(("http://", "https://")):
-            return cls(url=node.rstrip("/"))
+            return cls(url=node.rstrip("/"), token=token)
         raise ValueError(f"{node!r} is not a node's address: expected unix:PATH or http://HOST:PORT")
 
     # --- reading

@@ -14,6 +14,7 @@
 | POST /v1/models/query ``{"peer"}`` | ``operations.QueriedModels`` |
 | POST /v1/models/quote ``{"peer", "model"}`` | ``operations.QuoteInfo`` |
 | POST /v1/executor/price ``{"model", "price": "15/60 EUR"}`` | ``operations.PriceChange`` |
+| POST /v1/executor/drain?wait_s=S | ``operations.ExecutorState`` when nothing works here any more, or after S seconds |
 | GET /v1/requests | ``{"requests": [explaining.RequestInfo]}`` |
 | POST /v1/explain ``{"what": MODEL or REQUEST ID, "policy"?}`` | ``explaining.Explanation`` |
 | POST /v1/doctor | ``{"findings": [doctor.Finding]}`` |
@@ -30,6 +31,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
+import trio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -46,6 +48,9 @@ from .operations import (
 )
 
 MAX_BODY_BYTES: Final = 64 * 1024
+MAX_DRAIN_WAIT_S: Final = 3600.0
+DRAIN_POLL_S: Final = 0.1
+"""A preStop hook waits for seconds: this much later does not matter to it."""
 
 Action = Callable[["Fields"], Awaitable[Any]]
 
@@ -120,6 +125,22 @@ def operation_routes(node: Operations) -> list[Route]:
     async def resume(fields: Fields) -> Any:
         return node.resume_executor()
 
+    async def drain(request: Request) -> Response:
+        # For a container's preStop: no body to write, and the answer comes when the backend may end.
+        text = request.query_params.get("wait_s", "0")
+        try:
+            wait_s = float(text)
+        except ValueError:
+            wait_s = -1.0
+        if not 0 <= wait_s <= MAX_DRAIN_WAIT_S:
+            raise RequestError(f"wait_s is not a number of seconds from 0 to {MAX_DRAIN_WAIT_S:g}")
+        state = node.pause_executor()
+        with trio.move_on_after(wait_s):
+            while state["paused"] and state["requests"]:
+                await trio.sleep(DRAIN_POLL_S)
+                state = node.executor_state()
+        return JSONResponse(state)
+
     async def bootstrap(request: Request) -> Response:
         return JSONResponse(node.bootstrap())
 
@@ -165,6 +186,7 @@ def operation_routes(node: Operations) -> list[Route]:
     }
     return [
         *(Route(path, _endpoint(action), methods=["POST"]) for path, action in actions.items()),
+        Route("/v1/executor/drain", drain, methods=["POST"]),
         Route("/v1/bootstrap", bootstrap),
         Route("/v1/gossip/topics", topics),
         Route("/v1/gossip/peers", topic_peers),

@@ -258,6 +258,9 @@ class Operations(Protocol):
     def pause_executor(self) -> ExecutorState:
         """Let this executor take no further work while the node goes on; what runs may finish within the grace."""
 
+    def executor_state(self) -> ExecutorState:
+        """Whether this executor takes work, and how much is under way."""
+
     def resume_executor(self) -> ExecutorState:
         """Let this executor take work again. Raises RequestError when the node is about to end."""
 

@@ -33,6 +33,8 @@ class Target:
     """``--home`` or LLOOM_HOME; None = the default."""
     node: str | None
     """``--node`` or LLOOM_NODE; None = the node that runs in the home."""
+    token_file: str | None = None
+    """``--token-file`` or LLOOM_TOKEN_FILE: for a node named by a URL."""
 
     @property
     def home(self) -> Path:
@@ -47,10 +49,27 @@ class Target:
 
         if self.node is None:
             return NodeClient.for_home(self.home)
+        token = None
+        if self.token_file is not None and not self.node.startswith("unix:"):
+            from lloom_sidecar.config import read_secret_lines
+
+            _check_path_of_token(self.node)
+            token = read_secret_lines(Path(self.token_file))[0]
         try:
-            return NodeClient.for_node(self.node)
+            return NodeClient.for_node(self.node, token)
         except ValueError as exc:
             raise click.BadParameter(str(exc), param_hint="--node") from exc
+
+
+def _check_path_of_token(node: str) -> None:
+    from urllib.parse import urlsplit
+
+    from lloom_sidecar.http.guard import is_loopback_name
+
+    parts = urlsplit(node)
+    host = parts.hostname or ""
+    if parts.scheme == "http" and not is_loopback_name(f"[{host}]" if ":" in host else host):
+        raise click.UsageError(f"{node} is not encrypted: a token is sent by http to this machine only")
 
 
 pass_target = click.make_pass_decorator(Target)

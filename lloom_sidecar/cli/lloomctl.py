@@ -77,9 +77,12 @@ class _Root(NounGroup):
 @click.option(
     "--node", envvar="LLOOM_NODE", metavar="URL", help="Admin API of another node: unix:PATH or http://HOST:PORT."
 )
+@click.option(
+    "--token-file", envvar="LLOOM_TOKEN_FILE", metavar="FILE", help="File with the token that a node at a URL wants."
+)
 @click.version_option(__version__, prog_name="lloomctl", message="%(prog)s %(version)s")
 @click.pass_context
-def root(ctx: click.Context, home: str | None, node: str | None) -> None:
+def root(ctx: click.Context, home: str | None, node: str | None, token_file: str | None) -> None:
     """Look at a Lloom node and steer it.
 
     Exit status: 0 done, 1 failed, 2 wrong usage, 3 the node cannot be reached.
@@ -88,6 +91,7 @@ def root(ctx: click.Context, home: str | None, node: str | None) -> None:
     Example:
       lloomctl status
       lloomctl --home /srv/lloom peer list --json
+      lloomctl --node http://127.0.0.1:4883 --token-file /etc/lloom/token status
     """
     given = click.core.ParameterSource.COMMANDLINE
     if home is not None and node is not None:
@@ -95,7 +99,7 @@ def root(ctx: click.Context, home: str | None, node: str | None) -> None:
             raise click.UsageError("--home and --node exclude each other: a node is named by one of the two")
         if ctx.get_parameter_source("home") is given:
             node = None  # a flag wins over the environment
-    ctx.obj = Target(home, node)
+    ctx.obj = Target(home, node, token_file)
 
 
 def main() -> None:

@@ -27,10 +27,12 @@ class Listeners:
     probe: list[Listener] = field(default_factory=list)
     admin: list[Listener] = field(default_factory=list)
     page: list[Listener] = field(default_factory=list)
+    admin_tcp: list[Listener] = field(default_factory=list)
+    """The admin API on a loopback address, behind a token."""
 
     def close(self) -> None:
         """Close them all."""
-        for listener in (*self.api, *self.probe, *self.admin, *self.page):
+        for listener in (*self.api, *self.probe, *self.admin, *self.page, *self.admin_tcp):
             listener.close()
 
 
@@ -50,6 +52,9 @@ async def open_listeners(config: Config) -> Listeners:
         flag = "--page"
         if config.page is not None:
             opened.page = await open_tcp_listeners(config.page.host, config.page.port)
+        flag = "--admin"
+        if config.admin is not None:
+            opened.admin_tcp = await open_tcp_listeners(config.admin.host, config.admin.port)
         flag = "--home"
         opened.admin = [open_unix_listener(str(config.admin_socket))]
     except BaseException as exc:
@@ -64,6 +69,13 @@ async def serve_admin(listeners: list[Listener], handler: Handler) -> None:
     """Serve the admin API or the probes until cancelled: they answer while the node drains."""
     if listeners:
         await serve(listeners, handler)
+
+
+async def serve_admin_tcp(listeners: list[Listener], handler: Handler) -> None:
+    """Serve the admin API on TCP until cancelled. ``handler`` checks the token; browsers' pages are refused."""
+    if listeners:
+        # A form's content type is let in, as wget sends it: no page can send the token.
+        await serve(listeners, handler, guard=OriginGuard(require_json=False).check)
 
 
 async def serve_page(listeners: list[Listener], handler: Handler, config: Config) -> None:

@@ -21,6 +21,7 @@ from lloom_sidecar.admin.events import EventBus
 from lloom_sidecar.admin.health import HealthConditions
 from lloom_sidecar.admin.metrics import Metrics
 from lloom_sidecar.admin.probes import probe_app
+from lloom_sidecar.admin.token import with_token
 from lloom_sidecar.client.api import ApiSettings, OpenAiApi
 from lloom_sidecar.client.market import Market, QuoteWallet
 from lloom_sidecar.client.router import Router
@@ -49,7 +50,7 @@ from .bookkeeping import Bookkeeping, open_ledger
 from .control_plane import ControlPlane
 from .daemon import is_stock, make_supervisor, max_streams
 from .executor_side import IDLE_POLL_S, ExecutorSide
-from .listening import Listeners, open_listeners, serve_admin, serve_api, serve_page
+from .listening import Listeners, open_listeners, serve_admin, serve_admin_tcp, serve_api, serve_page
 from .observer import Observer
 from .receipts import now_ms
 from .remembered import RememberedPeers
@@ -220,6 +221,10 @@ class Node:
             nursery.start_soon(self.books.watch, self.observer)
             nursery.start_soon(serve_admin, listeners.probe, asgi_handler(probe_app(self.view)))
             nursery.start_soon(serve_admin, listeners.admin, asgi_handler(admin_app(self.view)))
+            token_file = self.config.admin_token_file
+            if listeners.admin_tcp and token_file is not None:
+                guarded = asgi_handler(with_token(admin_app(self.view), read_secret_lines(token_file)))
+                nursery.start_soon(serve_admin_tcp, listeners.admin_tcp, guarded)
             self.page_listeners = listeners.page
             nursery.start_soon(serve_page, listeners.page, asgi_handler(self._status_page()), self.config)
             if self.serving is not None:

@@ -342,11 +342,16 @@ class NodeOperations:
         serving.resume()
         return self._state()
 
-    def _state(self) -> ExecutorState:
-        serving = self._executor("")
-        text = "An operator drained it; the node goes on." if serving.is_paused else None
-        self._node.health.update("executor_paused", text)
+    def executor_state(self) -> ExecutorState:
+        """Whether this executor takes work, and how much is under way."""
+        serving = self._executor("it has no work")
         return ExecutorState(paused=serving.is_paused, requests=serving.executor.working)
+
+    def _state(self) -> ExecutorState:
+        state = self.executor_state()
+        text = "An operator drained it; the node goes on." if state["paused"] else None
+        self._node.health.update("executor_paused", text)
+        return state
 
     def _executor(self, consequence: str) -> ExecutorSide:
         if self._node.serving is None:

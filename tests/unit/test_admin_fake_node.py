@@ -286,6 +286,10 @@ class FakeOperations:
             before={"prompt_per_million": 10, "completion_per_million": 30, "currency": "EUR"},
         )
 
+    def executor_state(self) -> ExecutorState:
+        self.asked.append(("executor_state",))
+        return ExecutorState(paused=True, requests=0)
+
     def pause_executor(self) -> ExecutorState:
         self.asked.append(("pause",))
         return ExecutorState(paused=True, requests=2)

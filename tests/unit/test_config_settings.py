@@ -228,6 +228,22 @@ def test_the_status_page_is_not_shown_to_others_by_accident(home: Path) -> None:
     assert str(load(home, page="0.0.0.0:4882", api_open=True).page) == "0.0.0.0:4882"
 
 
+def test_the_admin_api_on_tcp_is_local_and_has_a_token(home: Path) -> None:
+    (home / "token").write_text("secret\n")
+    given = load(home, admin="127.0.0.1:4883", admin_token_file=str(home / "token"))
+    assert given.admin == HostPort("127.0.0.1", 4883)
+    assert load(home).admin is None
+    with pytest.raises(ConfigError, match="admin needs its token: add --admin-token-file FILE"):
+        load(home, admin="127.0.0.1:4883")
+    with pytest.raises(ConfigError, match=r"admin: 0\.0\.0\.0:4883 can be reached by others"):
+        load(home, admin="0.0.0.0:4883", admin_token_file=str(home / "token"))
+    with pytest.raises(ConfigError, match="--admin-token-file has no effect without --admin"):
+        load(home, admin_token_file=str(home / "token"))
+    (home / "token").write_text("\n# none\n")
+    with pytest.raises(ConfigError, match="is empty: put the key into it"):
+        load(home, admin="127.0.0.1:4883", admin_token_file=str(home / "token"))
+
+
 def test_a_key_or_api_open_lets_others_reach_the_api(home: Path) -> None:
     (home / "keys").write_text("# apps\n secret-1 \n\nsecret-2\n")
     assert load(home, api="[::]:4880", api_key_file=str(home / "keys")).api == HostPort("::", 4880)
