@@ -81,7 +81,9 @@ async def serve_admin_tcp(listeners: list[Listener], handler: Handler) -> None:
 async def serve_page(listeners: list[Listener], handler: Handler, config: Config) -> None:
     """Serve the status page until cancelled: it shows how the node drains."""
     if listeners:
-        guard = OriginGuard(config.allowed_hosts, check_host=config.api_key_file is None)
+        # On loopback the page asks for no key, whatever the API does, so there the Host must be checked in any case.
+        needs_key = config.api_key_file is not None and config.page is not None and not config.page.is_loopback
+        guard = OriginGuard(config.allowed_hosts, check_host=not needs_key)
         await serve(listeners, handler, guard=lambda request: _but_for_links(guard, request))
 
 
