@@ -181,6 +181,10 @@ def pull(name: str, as_json: bool) -> None:
     Needs no node. What is there already and sound is left as it is. For another model use your LLM server's own
     command, or name its GGUF file with `lloom-sidecar run --role executor --model FILE.gguf`.
     """
+    import logging
+    import sys
+
+    import structlog
     import trio
 
     from lloom_sidecar.executor.model_fetch import BUILTIN_MODEL, ensure_builtin_model, terminal_progress
@@ -191,6 +195,11 @@ def pull(name: str, as_json: bool) -> None:
             "own command, or name its file: `lloom-sidecar run --role executor --model FILE.gguf`",
             param_hint="NAME",
         )
+    # By itself structlog writes to stdout, where only the data belongs.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     with terminal_progress() as progress:
         path = trio.run(lambda: ensure_builtin_model(progress=progress))
     if as_json:
