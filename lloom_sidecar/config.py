@@ -624,6 +624,21 @@ class Config:
         default=None,
         metadata=_about(_PATH, "--api-key-file", "api", "File with the keys that applications must send, one a line."),
     )
+    api_tls_cert_file: Path | None = field(
+        default=None,
+        metadata=_about(
+            _PATH,
+            "--api-tls-cert-file",
+            "api",
+            "Serve the API by https with this certificate and chain (PEM). Read again when the file changes.",
+        ),
+    )
+    api_tls_key_file: Path | None = field(
+        default=None,
+        metadata=_about(
+            _PATH, "--api-tls-key-file", "api", "Unencrypted key (PEM) of that certificate; not readable by others."
+        ),
+    )
     api_open: bool = field(
         default=False,
         metadata=_about(
@@ -1354,6 +1369,13 @@ class _Loader:
     def _check_api(self, config: Config) -> None:
         if config.api_key_file is not None:
             self._check_secret("api_key_file", config.api_key_file)
+        pair = ("api_tls_cert_file", "api_tls_key_file")
+        given = [name for name in pair if self._is_given(name)]
+        if len(given) == 1:
+            lacking = pair[1] if given == [pair[0]] else pair[0]
+            self._faults.append(
+                f"{self._label(given[0])} needs its counterpart: add --{lacking.replace('_', '-')} FILE"
+            )
         is_kept = self._is_given("api_key_file") or config.api_open
         if config.is_client and not config.api.is_loopback and not is_kept:
             self._faults.append(

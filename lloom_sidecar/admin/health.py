@@ -97,6 +97,12 @@ CONDITION_KINDS: Final = (
         "Upgrade the older side: peers of different major versions do not deal with each other.",
     ),
     ConditionKind(
+        "certificate",
+        "the API's certificate needs a look",
+        Severity.WARNING,
+        "Put a new pair at api_tls_cert_file and api_tls_key_file: it is taken into use within seconds.",
+    ),
+    ConditionKind(
         "clock_skew",
         "the clock is off",
         Severity.WARNING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -106,7 +107,7 @@ def _error_of(response: httpx.Response) -> str:
     return f"the API answered with HTTP {response.status_code}"
 
 
-def _open(target: Target, key_file: str | None) -> httpx.Client:
+def _open(target: Target, key_file: str | None, ca_file: str | None) -> httpx.Client:
     import httpx
 
     with target.client() as node:
@@ -124,7 +125,13 @@ def _open(target: Target, key_file: str | None) -> httpx.Client:
             raise LloomError(f"--api-key-file {key_file} holds no key")
         headers["authorization"] = f"Bearer {keys[0]}"
     timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    return httpx.Client(base_url=address, headers=headers, timeout=timeout, trust_env=False)
+    verify: ssl.SSLContext | bool = True
+    if ca_file is not None:
+        try:
+            verify = ssl.create_default_context(cafile=ca_file)
+        except OSError as exc:  # SSLError is one
+            raise LloomError(f"--ca-file {ca_file} holds no certificates in PEM form: {exc.strerror or exc}") from exc
+    return httpx.Client(base_url=address, headers=headers, timeout=timeout, trust_env=False, verify=verify)
 
 
 def _models(client: httpx.Client) -> list[str]:
@@ -148,15 +155,23 @@ def _models(client: httpx.Client) -> list[str]:
 @click.option(
     "--api-key-file", envvar="LLOOM_API_KEY_FILE", metavar="FILE", help="File whose first line is the API's key."
 )
+@click.option("--ca-file", metavar="FILE", help="Certificates to trust, for an API that has TLS of its own.")
 @json_option
 @pass_target
-def chat(target: Target, model: str | None, question: str | None, api_key_file: str | None, as_json: bool) -> None:
+def chat(
+    target: Target,
+    model: str | None,
+    question: str | None,
+    api_key_file: str | None,
+    ca_file: str | None,
+    as_json: bool,
+) -> None:
     """Ask a model of the network, for a first taste.
 
     On a terminal it is a conversation: /help lists what it knows. The answer goes to stdout, everything else to stderr.
     An answer that was cut says so, and the exit status is 1. Nothing is kept on disk.
     """
-    with _open(target, api_key_file) as client:
+    with _open(target, api_key_file, ca_file) as client:
         offered = _models(client)
         if model is None and not offered:
             raise LloomError("no executor offers a model yet: `lloomctl executor list` shows who is known")

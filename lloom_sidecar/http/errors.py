@@ -45,6 +45,12 @@ class ClientDisconnectedError(HttpServerError):
     http_status = 499
 
 
+class CertificateError(HttpServerError):
+    """A certificate or key file that cannot be served; the message is a sentence with the remedy."""
+
+    code = "certificate"
+
+
 class ListenError(OSError):
     """A listener could not be opened; the text names the address and the reason.
 

@@ -9,11 +9,12 @@ import trio
 
 from lloom_sidecar.config import Config
 from lloom_sidecar.errors import StartError
-from lloom_sidecar.http.errors import ListenError
+from lloom_sidecar.http.errors import CertificateError, ListenError
 from lloom_sidecar.http.guard import OriginGuard, Refusal
 from lloom_sidecar.http.limits import HttpLimits
 from lloom_sidecar.http.listeners import Listener, open_tcp_listeners, open_unix_listener
 from lloom_sidecar.http.server import Request, Response, serve
+from lloom_sidecar.http.tls import ServerCertificate
 from lloom_sidecar.page.assets import is_navigation
 
 Handler = Callable[[Request, Response], Awaitable[None]]
@@ -29,6 +30,8 @@ class Listeners:
     page: list[Listener] = field(default_factory=list)
     admin_tcp: list[Listener] = field(default_factory=list)
     """The admin API on a loopback address, behind a token."""
+    api_certificate: ServerCertificate | None = None
+    """What the API is served with; None = by plain http."""
 
     def close(self) -> None:
         """Close them all."""
@@ -42,6 +45,12 @@ async def open_listeners(config: Config) -> Listeners:
     Raises StartError, one sentence, when an address is busy or cannot be used; nothing stays open then.
     """
     opened = Listeners()
+    cert_file, key_file = config.api_tls_cert_file, config.api_tls_key_file
+    if config.is_client and cert_file is not None and key_file is not None:
+        try:
+            opened.api_certificate = await trio.to_thread.run_sync(ServerCertificate, cert_file, key_file)
+        except CertificateError as exc:
+            raise StartError(f"the API cannot be served by TLS: {exc.message}") from exc
     flag = "--api"
     try:
         if config.is_client:
@@ -104,6 +113,7 @@ async def serve_api(
     config: Config,
     on_refused: Callable[[str], None],
     shutdown: trio.Event,
+    certificate: ServerCertificate | None = None,
 ) -> None:
     """Serve the OpenAI API, and ``chat`` under /chat, until ``shutdown``; what is under way then has the grace time."""
     guard = OriginGuard(config.allowed_hosts, config.allowed_origins, check_host=config.api_key_file is None)
@@ -124,6 +134,7 @@ async def serve_api(
         guard=check,
         shutdown=shutdown,
         grace_s=config.grace_s,
+        ssl_context=None if certificate is None else certificate.context,
     )
 
 

@@ -29,7 +29,9 @@ from lloom_sidecar.config import Config, read_secret_lines
 from lloom_sidecar.errors import DaemonUnavailableError, LloomError
 from lloom_sidecar.executor.backend import BackendState
 from lloom_sidecar.http.asgi import AsgiApp, asgi_handler
+from lloom_sidecar.http.errors import CertificateError
 from lloom_sidecar.http.listeners import Listener
+from lloom_sidecar.http.tls import ServerCertificate
 from lloom_sidecar.identity import HomeLock, init_home, load_network_keys
 from lloom_sidecar.ids import Multiaddr, PeerId
 from lloom_sidecar.ledger.store import Ledger
@@ -59,6 +61,10 @@ from .view import View
 
 MAX_INBOUND_STREAMS: Final = 8192
 TICK_S: Final = 1.0
+CERTIFICATE_WARN_S: Final = 3 * 86400.0
+"""cert-manager renews at two thirds of a certificate's life, and ACME's live 90 days or less: three days before its end
+one has been left behind.
+"""
 IDENTIFY_EVERY_S: Final = 15.0
 """Addresses change when a NAT mapping or an interface does."""
 MAX_CLOCK_SKEW_MS: Final = 5_000
@@ -85,6 +91,9 @@ class Node:
         self.has_started = False
         self.api_listeners: list[Listener] = []
         self.page_listeners: list[Listener] = []
+        self.api_certificate: ServerCertificate | None = None
+        self._certificate_fault: str | None = None
+        """Why the certificate files are not those in use."""
         self.identity: Identity | None = None
         self.events = EventBus()
         self.health = HealthConditions()
@@ -241,8 +250,10 @@ class Node:
             if self.api is not None:
                 self.api_listeners = listeners.api
                 chat = asgi_handler(chat_app(self._describe_for_chat))
+                certificate = self.api_certificate = listeners.api_certificate
+                refused = self.metrics.http_refused
                 nursery.start_soon(
-                    serve_api, listeners.api, self.api, chat, self.config, self.metrics.http_refused, shutdown
+                    serve_api, listeners.api, self.api, chat, self.config, refused, shutdown, certificate
                 )
             self.has_started = True
             log.info("node_started", peer=str(self.me), roles=list(self.config.roles), version=__version__)
@@ -389,6 +400,20 @@ class Node:
             log.warning("config_warning", reason=warning)
         self.health.update("config_warning", "; ".join(warnings) or None)
 
+    async def _watch_certificate(self, certificate: ServerCertificate) -> str | None:
+        """Take a renewed certificate into use; what is wrong with the one in use or the new one."""
+        try:
+            if await trio.to_thread.run_sync(certificate.reload_if_changed):
+                log.info("certificate_reloaded")
+                self._certificate_fault = None
+        except CertificateError as exc:
+            log.warning("certificate_reload_failed", error=exc.message)
+            self._certificate_fault = f"The one before is still in use; {exc.message}."
+        left_s = certificate.ends_at_s - time.time()
+        if self._certificate_fault is None and left_s < CERTIFICATE_WARN_S:
+            return f"It ended {-left_s / 3600:.0f} h ago." if left_s < 0 else f"It ends in {left_s / 3600:.0f} h."
+        return self._certificate_fault
+
     async def _tick(self) -> None:
         """What has to be looked at now and then."""
         next_identify = trio.current_time() + IDENTIFY_EVERY_S
@@ -413,6 +438,8 @@ class Node:
                     "p2pd_stock", "It is an unmodified p2pd: no NAT traversal, 64 streams a peer, TCP only."
                 )
             self.health.update("previous_key", self._previous_key())
+            if self.api_certificate is not None:
+                self.health.update("certificate", await self._watch_certificate(self.api_certificate))
             others = self.control.membership.other_versions()
             self.health.update("other_version", f"{others} met within ten minutes." if others else None)
             tokens = self.view.tokens()

@@ -54,12 +54,12 @@ _SHOWN_FEATURES: Final = {
 _USAGE_SOURCES: Final = {pb.USAGE_SOURCE_BACKEND: "backend", pb.USAGE_SOURCE_CHUNKS: "chunks"}
 
 
-def _url(wanted: HostPort | None, listeners: Sequence[Listener]) -> str | None:
+def _url(wanted: HostPort | None, listeners: Sequence[Listener], scheme: str = "http") -> str | None:
     """Where they listen; "every address" cannot be dialled, but what listens there answers on loopback too."""
     if wanted is None or not listeners:
         return None
     host = "127.0.0.1" if wanted.host in ("0.0.0.0", "::") else wanted.host
-    return f"http://{HostPort(host, listeners[0].port)}"
+    return f"{scheme}://{HostPort(host, listeners[0].port)}"
 
 
 class View:
@@ -134,7 +134,7 @@ class View:
                 "previous_key_until": until,
             },
             api={
-                "address": _url(config.api, node.api_listeners),
+                "address": _url(config.api, node.api_listeners, "http" if node.api_certificate is None else "https"),
                 "ready": bool(node.api_listeners) and not node.is_draining,
             },
             addrs=[str(addr.with_peer(node.me)) for addr in (node.identity.addrs if node.identity else ())],

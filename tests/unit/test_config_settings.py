@@ -228,6 +228,12 @@ def test_the_status_page_is_not_shown_to_others_by_accident(home: Path) -> None:
     assert str(load(home, page="0.0.0.0:4882", api_open=True).page) == "0.0.0.0:4882"
 
 
+def test_a_certificate_needs_its_key(home: Path) -> None:
+    for one, lacking in (("cert", "key"), ("key", "cert")):
+        with pytest.raises(ConfigError, match=f"needs its counterpart: add --api-tls-{lacking}-file FILE"):
+            load(home, **{f"api_tls_{one}_file": str(home / "file")})
+
+
 def test_the_admin_api_on_tcp_is_local_and_has_a_token(home: Path) -> None:
     (home / "token").write_text("secret\n")
     given = load(home, admin="127.0.0.1:4883", admin_token_file=str(home / "token"))
