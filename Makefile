@@ -105,6 +105,10 @@ lint-fix: .venv/.installed-dev ## Let ruff and gofmt repair what they can
 fuzz: .venv/.installed-fuzz ## Coverage-guided fuzzing of every parser, by hand (ARGS='sse frames --seconds 300')
 	$(call timed,PYTHONPATH=.venv/fuzz $(BIN)/python -m tests.fuzz $(ARGS))
 
+.PHONY: audit
+audit: .venv/.installed ## Known vulnerabilities of all dependencies, by hand: it asks advisory services
+	$(call timed,$(BIN)/python tools/audit.py)
+
 .PHONY: coverage
 coverage: .venv/.installed-dev ## Branch coverage of protocol/ and peers/ by their own tests, which has to be 100 %
 	$(call timed,$(BIN)/python -m pytest -q tests/unit/test_protocol_*.py tests/unit/test_peers_*.py tests/properties tests/golden --cov=lloom_sidecar.protocol --cov=lloom_sidecar.peers --cov-report=term-missing --cov-fail-under=100 $(ARGS))
