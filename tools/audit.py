@@ -1,6 +1,6 @@
 """Known vulnerabilities in what a node is made of: pip-audit over the lock files, govulncheck over daemon/.
 
-By hand (``make audit``): both ask advisory services (pypi.org, vuln.go.dev), whose answers change while this does
+By hand (``make audit``): both ask advisory services (PyPI's, and Go's vulnerability database), whose answers change while this does
 not.
 Exit status: 0 nothing is known, 1 something was found, 3 not everything could be checked, which is no good news.
 """
@@ -45,7 +45,7 @@ def judge_pip_audit(returncode: int, stdout: str, stderr: str) -> Verdict:
     try:
         found: list[dict[str, Any]] = json.loads(stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        return Verdict(UNCHECKED, _last_words("its advisory service (pypi.org) did not answer", stderr or stdout))
+        return Verdict(UNCHECKED, _last_words("its advisory service (PyPI's) did not answer", stderr or stdout))
     faults = [
         f"{one['name']} {one['version']}: {vuln['id']}, repaired in {', '.join(vuln['fix_versions']) or 'no version'}"
         for one in found
@@ -66,7 +66,10 @@ def judge_govulncheck(returncode: int, stdout: str, stderr: str) -> Verdict:
         return Verdict(CLEAN, tuple(stdout.strip().splitlines()[-1:]))
     if returncode == GOVULNCHECK_FOUND:
         return Verdict(FOUND, tuple(stdout.strip().splitlines()))
-    return Verdict(UNCHECKED, _last_words("its advisory service (vuln.go.dev) did not answer, or it failed", stderr))
+    return Verdict(
+        UNCHECKED,
+        _last_words("its advisory service (Go's vulnerability database) did not answer, or it failed", stderr),
+    )
 
 
 def _last_words(what: str, text: str) -> tuple[str, ...]:

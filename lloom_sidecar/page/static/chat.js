@@ -142,7 +142,10 @@ $("key-form").addEventListener("submit", (event) => {
 
 fetch("/chat/node.json").then((answer) => answer.json()).then((node) => {
   if (!node.page_port) return;
-  $("status").href = `${location.protocol}//${location.hostname}:${node.page_port}/`;
+  const url = new URL("/", location.href);
+  url.protocol = "http:"; // the status page has no TLS of its own, whatever the API has
+  url.port = node.page_port;
+  $("status").href = url.href;
   $("status").hidden = false;
 }).catch(() => {});
 await loadModels();

@@ -85,7 +85,7 @@ function facts(snapshot) {
   $("who").textContent = `${short(status.peer)} · ${status.roles.join(", ")}`;
   document.title = `Lloom node ${short(status.peer)}`;
   $("chat").hidden = !status.api.address;
-  if (status.api.address) $("chat").href = `${location.protocol}//${location.hostname}:${new URL(status.api.address).port}/chat`;
+  if (status.api.address) $("chat").href = `${new URL(status.api.address).protocol}//${location.hostname}:${new URL(status.api.address).port}/chat`;
 }
 
 function models(snapshot) {
