@@ -1,6 +1,6 @@
 """Known vulnerabilities in what a node is made of: pip-audit over the lock files, govulncheck over daemon/.
 
-By hand (``make audit``): both ask advisory services (PyPI's, and Go's vulnerability database), whose answers change while
+By hand (``make audit``): both ask advisory services, PyPI's and Go's vulnerability database, whose answers change while
 this does not.
 Exit status: 0 nothing is known, 1 something was found, 3 not everything could be checked, which is no good news.
 """
