@@ -1,4 +1,6 @@
-"""The admin API: HTTP and JSON on the unix socket ``HOME/run/admin.sock``. Who can open the socket may do everything.
+"""The admin API: HTTP and JSON on the unix socket ``HOME/run/admin.sock``.
+
+Who can open the socket may do everything, and so may who holds a token of ``--admin`` (``token.py``).
 
 | request | answer |
 |---|---|
@@ -42,7 +44,9 @@ KEEP_ALIVE_S: Final = 15.0
 
 
 def admin_app(view: NodeView) -> Starlette:
-    """The ASGI app of a node. It trusts its caller: serve it on a unix socket of mode 0600 only."""
+    """The ASGI app of a node. It trusts its caller: serve it on a unix socket of mode 0600, or behind
+    ``token.with_token`` on loopback.
+    """
 
     async def status(request: Request) -> Response:
         return JSONResponse(view.status())

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,14 @@ import trio
 
 from lloom_sidecar.admin.client import NodeClient, NodeUnreachableError
 from lloom_sidecar.cli import output
+from lloom_sidecar.cli.local_checks import try_bind
 from lloom_sidecar.cli.network_files import create_network
 from lloom_sidecar.errors import LloomError, StartError
 from lloom_sidecar.executor.model_fetch import ensure_builtin_model, terminal_progress
 from lloom_sidecar.identity import init_home
 
 START_TIMEOUT_S: Final = 60.0
+PAGE_PORT: Final = 4882
 END_TIMEOUT_S: Final = 10.0
 POLL_S: Final = 0.05
 WATCH_S: Final = 0.5
@@ -179,7 +182,9 @@ def _start(root: Path, members: list[_Member], api_port: int) -> _Member:
         _Member(f"executor {i}", homes[f"executor-{i}"], ["--role", "executor", "--model", "builtin", *known])
         for i in (1, 2)
     ]
-    asks = ["--role", "client", "--api", f"127.0.0.1:{api_port}", "--page", "127.0.0.1:0"]
+    # The port that the docs name, unless a node of yours has it.
+    page_port = PAGE_PORT if try_bind(socket.SOCK_STREAM, "127.0.0.1", PAGE_PORT) is None else 0
+    asks = ["--role", "client", "--api", f"127.0.0.1:{api_port}", "--page", f"127.0.0.1:{page_port}"]
     client = _Member("client", homes["client"], [*asks, *known])
     members.extend([*executors, client])
     for member in (*executors, client):

@@ -98,17 +98,6 @@ def test_a_conversation_on_a_terminal(network: Network) -> None:
         os.close(ours)
 
 
-def test_the_builtin_model_is_pulled_once(network: Network) -> None:
-    first, again = (network.client.ctl("model", "pull", "--json") for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == again.stdout
-    found = json.loads(first.stdout)
-    assert Path(found["path"]).stat().st_size == found["bytes"]
-    refused = network.client.ctl("model", "pull", "llama3")
-    assert refused.returncode == 2
-    assert "your LLM server's own command" in " ".join(refused.stderr.split())
-
-
 def test_top_counts_what_happens(network: Network) -> None:
     client = network.client
     before = client.status()["tokens"]["received"]

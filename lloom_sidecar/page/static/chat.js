@@ -27,6 +27,7 @@ function remark(item, kind, text) {
   line.textContent = text;
   if (kind.includes("failed")) line.setAttribute("role", "alert");
   item.append(line);
+  return line;
 }
 
 async function errorOf(answer) {
@@ -80,6 +81,8 @@ async function ask(text) {
   add("user", text);
   const { item, body } = add("assistant", "");
   item.setAttribute("aria-busy", "true");
+  const waiting = remark(item, "facts soft", "Waiting for an executor…");
+  $("note").textContent = "";
   $("send").disabled = true;
   $("stop").hidden = false;
   running = new AbortController();
@@ -98,10 +101,12 @@ async function ask(text) {
       if (chunk.error) throw new Error(`${chunk.error.message} (${chunk.error.code})`);
       if (chunk.usage) usage = chunk.usage;
       const piece = chunk.choices?.[0]?.delta?.content;
+      if (piece) waiting.remove();
       if (piece) { content += piece; body.textContent = content; item.scrollIntoView({ block: "end" }); }
     }
     if (!isWhole) throw new Error("the answer ended before its end was confirmed");
     messages.push({ role: "assistant", content });
+    $("note").textContent = "The answer is complete."; // what a screen reader hears
     const seconds = (performance.now() - began) / 1000;
     const attempts = Number(answer.headers.get("x-lloom-attempts") || 1);
     remark(item, "facts soft", [
@@ -113,6 +118,7 @@ async function ask(text) {
     if (running.signal.aborted) remark(item, "failed warn", "Stopped. This is not the whole answer.");
     else remark(item, "failed bad", `${content ? "Cut: this is not the whole answer" : "No answer"}: ${error.message}`);
   } finally {
+    waiting.remove();
     item.removeAttribute("aria-busy");
     running = null;
     $("send").disabled = false;

@@ -156,13 +156,21 @@ def test_an_answer_is_streamed_and_verified(page: Page, client: Node) -> None:
     no_barriers(page)
 
 
-def test_stop_stops_the_backend(page: Page, client: Node) -> None:
+def test_stop_stops_the_backend(page: Page, network: Network, client: Node) -> None:
     chat(page, client, "chunks=500 delay_ms=100")
     expect(page.locator("#talk li.assistant")).to_contain_text("w2")
     page.click("#stop")
     expect(page.locator("#talk .failed")).to_contain_text("not the whole answer")
     wait_until(lambda: client.status()["requests"]["in_flight"] == 0, "the request to end")
     assert client.status()["requests"]["cancelled"] >= 1
+    wait_until(
+        lambda: any(
+            one["outcome"] == "gone" and one["script"].get("chunks") == 500
+            for backend in network.backends
+            for one in backend.requests()
+        ),
+        "the backend to see that nobody listens",
+    )
 
 
 def test_a_cut_answer_does_not_look_finished(page: Page, network: Network, client: Node) -> None:
