@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import ssl
 import sys
 from collections.abc import Iterator
@@ -234,6 +235,8 @@ def _converse(talk: Talk, offered: list[str]) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  # arrows and history in the prompt; the history is this session's only
 
+    # A shell that started this in the background had it ignore Ctrl-C; who types here means it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output.say(f"{talk.model}. {HELP}")
     while True:
         try:
