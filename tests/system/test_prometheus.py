@@ -56,9 +56,11 @@ class Prometheus:
 
     def is_up(self, nodes: int) -> bool:
         try:
-            return len(self.query("lloom_build_info")) == nodes
+            # While it loads its storage it answers everything with 503.
+            is_ready = httpx.get(f"{self.url}/-/ready", trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
+        return is_ready and len(self.query("lloom_build_info")) == nodes
 
 
 @pytest.fixture(scope="module")
